@@ -26,8 +26,6 @@ _LAZY = {
     "workbook": None,
 }
 
-__all__ = ["__version__", *_LAZY]
-
 
 def __getattr__(name: str):
     if name not in _LAZY:
@@ -37,4 +35,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return ["__version__", *_LAZY]

@@ -1,0 +1,83 @@
+"""From a transformers model and a plan to a quantised model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from flexq_core.quant.layers import linear_layers
+from flexq_core.quant.plan import RULES, PlanError, PrecisionPlan
+from flexq_core.runtime.linear import FlexQLinear
+
+
+def resolve_plan(plan: PrecisionPlan | str | Path, model: nn.Module) -> PrecisionPlan:
+    """The plan for this model: a rule by name, a plan file (`*.json`), or a plan as it is.
+
+    Raises PlanError for an unknown rule, a file that is absent or not a plan, or a plan that does not fit the model.
+    """
+    layers = linear_layers(model)
+    if not layers:
+        if any(isinstance(module, FlexQLinear) for module in model.modules()):
+            raise PlanError("the model is quantised already; start from the original")
+        raise PlanError(f"{type(model).__name__} has no nn.Linear inside its blocks: nothing to quantise")
+    if not isinstance(plan, PrecisionPlan):
+        if str(plan) in RULES:
+            return PrecisionPlan.from_rule(str(plan), layers)
+        if Path(plan).suffix != ".json":
+            return PrecisionPlan.from_rule(str(plan), layers)  # raises, and names the nearest rule
+        plan = read_plan(plan)
+    plan.require_fit(layers)
+    return plan
+
+
+def read_plan(path: str | Path) -> PrecisionPlan:
+    """Read a plan file; PlanError names the file and what is wrong."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"cannot read the plan {str(path)!r}: {error}") from error
+    try:
+        return PrecisionPlan.from_json(text)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+
+
+def quantize_model(
+    model: nn.Module, plan: PrecisionPlan | str | Path, *, backend: str = "auto", progress: bool = False
+) -> nn.Module:
+    """A new model whose linear layers are `FlexQLinear` as the plan says; `model` is left alone.
+
+    model: a decoder-only transformers model whose blocks hold nn.Linear (LLaMA, OPT, Qwen, Mistral, ...).
+    plan: `w6a6`, `w6a8`, `flexq`, a plan file, or a PrecisionPlan.  backend: see runtime/ops.py.
+    progress: show a bar, one step a layer.
+
+    Layers are quantised one at a time. What is not quantised (embeddings, norms, head) shares its memory with `model`, so
+    that the new model costs only its packed weights; delete `model` to free the originals.
+    Raises PlanError for a plan that does not fit, ValueError for a weight that is not finite (names the layer).
+    """
+    plan = resolve_plan(plan, model)
+    # A parameter of its own over the same memory: moving or casting the new model leaves the old one alone.
+    # The maps from an object to its stand-in are what deepcopy consults, so ties between parameters survive.
+    stand_ins: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        stand_ins[id(parameter)] = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+    layers = linear_layers(model)
+    for name, linear in tqdm(layers.items(), desc="quantise", unit="layer", disable=not progress):
+        try:
+            stand_ins[id(linear)] = FlexQLinear.from_linear(
+                linear, precision=plan.layers[name], group_size=plan.group_size, backend=backend
+            )
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+    return copy.deepcopy(model, stand_ins)
+
+
+def linear_weight_bytes(model: nn.Module) -> int:
+    """Bytes of the weights of the block's linear layers, quantised (with scales) or not."""
+    packed = sum(layer.weight_bytes() for layer in model.modules() if isinstance(layer, FlexQLinear))
+    return packed + sum(
+        layer.weight.numel() * layer.weight.element_size() for layer in linear_layers(model).values()
+    )

@@ -1,0 +1,165 @@
+"""The one op, `flexq::w6ax_linear`, and its backends.
+
+Every backend computes the same numbers up to the rounding of the outer float32 sum:
+
+    Y[m,n] = 2^e[n] * sum_g sx[m,g] * sw[n,g] * (sum_{k in g} qx[m,k] * qw[n,k]) + bias[n]
+
+    reference   torch, any device: the definition, group by group
+    cpu         the compiled kernel in kernels/cpu
+    simulate    fake quantisation: dequantised operands in a floating-point matrix product, as papers measure accuracy
+    auto        the fastest of these that this machine has, never `simulate`
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flexq_core.quant.packing import packed_bytes, unpack_codes
+from flexq_core.quant.quantize import Quantized, dequantize, fake_quantize, quantize_groups
+from flexq_core.quant.spec import ACTIVATION_BITS, WEIGHT_BITS, group_count, require_bits
+from flexq_core.runtime import build
+
+FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@torch.library.custom_op("flexq::w6ax_linear", mutates_args=())
+def w6ax_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_exponent: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    activation_bits: int,
+    group_size: int,
+    backend: str,
+) -> Tensor:
+    """Linear layer on packed weights, with activations quantised on the way in (FlexQ §3).
+
+    x: [..., K] float32, float16 or bfloat16; any leading shape, also empty.
+    weight: [N, Kp * weight_bits / 8] uint8, the canonical packing of quant/packing.py, Kp = K rounded up to group_size.
+    weight_scale: [N, Kp / group_size] float16.  weight_exponent: [N] int8.  bias: [N] floating point, or None.
+    weight_bits, activation_bits: 6 or 8.  backend: `auto`, `reference`, `cpu` or `simulate`.
+    Returns [..., N] in x's dtype.
+    Raises TypeError or ValueError for what does not fit, before anything is computed, and ValueError for a
+    non-finite x.
+    """
+    _require_fit(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size)
+    run = _BACKENDS[resolve_backend(backend, x.device, weight_bits)]
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+    packed = (weight, weight_scale, weight_exponent)
+    y = run(rows, packed, bias, weight_bits, activation_bits, group_size)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+@w6ax_linear.register_fake
+def _(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size, backend):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def resolve_backend(backend: str, device: torch.device | str, weight_bits: int = 6) -> str:
+    """The backend that `backend` means on this device: itself, or what `auto` chooses.
+
+    Raises ValueError for an unknown backend, or one that cannot run there (says why, and which remain).
+    """
+    if backend == "auto":
+        return "cpu" if _cpu_obstacle(torch.device(device), weight_bits) is None else "reference"
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend is {backend!r}; accepted: auto, {', '.join(_BACKENDS)}")
+    if backend == "cpu" and (obstacle := _cpu_obstacle(torch.device(device), weight_bits)):
+        raise ValueError(f"backend 'cpu' cannot run here: {obstacle}; use 'reference' or 'auto'")
+    return backend
+
+
+def _cpu_obstacle(device: torch.device, weight_bits: int) -> str | None:
+    """Why the compiled CPU kernel cannot run, or None."""
+    if device.type != "cpu":
+        return f"the tensors are on {device.type}"
+    if weight_bits != 6:
+        return f"the kernel reads 6-bit weights, not {weight_bits}-bit ones"
+    available, reason = build.cpu_kernel_available()
+    if not available:
+        _warn_once(f"the compiled CPU kernel is not used: {reason}")
+        return reason
+    return None
+
+
+def _run_reference(x, packed, bias, weight_bits, activation_bits, group_size) -> Tensor:
+    weight, weight_scale, weight_exponent = packed
+    activations = quantize_groups(x, bits=activation_bits, group_size=group_size)
+    qx = activations.codes.unflatten(-1, (-1, group_size)).float()
+    qw = unpack_codes(weight, weight_bits).unflatten(-1, (-1, group_size)).float()
+    y = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
+    for group in range(weight_scale.shape[1]):
+        # Exact in float32: codes have at most 8 bits and a group's sum stays below 2^24.
+        inner = qx[:, group] @ qw[:, group].T
+        y += inner * (activations.scales[:, group, None] * weight_scale[:, group].float())
+    y = torch.ldexp(y, weight_exponent.int())
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _run_simulate(x, packed, bias, weight_bits, activation_bits, group_size) -> Tensor:
+    weight, weight_scale, weight_exponent = packed
+    codes = unpack_codes(weight, weight_bits)
+    stored = Quantized(codes, weight_scale, weight_bits, group_size, x.shape[-1], weight_exponent)
+    x = fake_quantize(x, bits=activation_bits, group_size=group_size)
+    return F.linear(x, dequantize(stored, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _run_cpu(x, packed, bias, weight_bits, activation_bits, group_size) -> Tensor:
+    weight, weight_scale, weight_exponent = (tensor.contiguous() for tensor in packed)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    return build.cpu_kernel().w6ax_linear(
+        x.contiguous(), weight, weight_scale, weight_exponent, bias, activation_bits, group_size
+    )
+
+
+_BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": _run_reference,
+    "cpu": _run_cpu,
+    "simulate": _run_simulate,
+}
+BACKENDS = ("auto", *_BACKENDS)
+
+
+def _require_fit(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size) -> None:
+    require_bits(weight_bits, accepted=WEIGHT_BITS, what="weight bits")
+    require_bits(activation_bits, accepted=ACTIVATION_BITS, what="activation bits")
+    if x.dim() == 0 or x.dtype not in FLOAT_TYPES:
+        raise TypeError(
+            f"x is {x.dtype} of shape {tuple(x.shape)}; accepted: [..., K] float32, float16 or bfloat16"
+        )
+    outputs, groups = weight.shape[0], group_count(x.shape[-1], group_size)
+    expected = {
+        "weight": (weight, torch.uint8, (outputs, packed_bytes(groups * group_size, weight_bits))),
+        "weight_scale": (weight_scale, torch.float16, (outputs, groups)),
+        "weight_exponent": (weight_exponent, torch.int8, (outputs,)),
+    }
+    if bias is not None:
+        expected["bias"] = (bias, bias.dtype if bias.dtype in FLOAT_TYPES else x.dtype, (outputs,))
+    for name, (tensor, dtype, shape) in expected.items():
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} is {tensor.dtype}; accepted: {dtype}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; accepted: {shape} for x of {x.shape[-1]} features, "
+                f"{weight_bits}-bit weights and groups of {group_size}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; accepted: one device")
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -1,0 +1,90 @@
+"""Which layers of a decoder feed which: the pairs between which a channel can be rescaled without changing the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from flexq_core.quant.layers import linear_layers
+
+MLP_PAIRS = {"up_proj": "down_proj", "fc1": "fc2"}
+"""First → last linear layer of an MLP whose channels meet nothing but multiplication or ReLU in between."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A producer of channels, and every linear layer that reads them.
+
+    producer: name of a norm, or of the MLP's first linear layer.  consumers: names of linear layers.
+    """
+
+    producer: str
+    consumers: tuple[str, ...]
+
+
+def norm_pairs(model: nn.Module) -> list[Pair]:
+    """Every norm whose output only linear layers of a block read (attention input, MLP input), found by running the model.
+
+    One token passes through; a linear layer whose input is a norm's output, the same memory, reads that norm.
+    """
+    linears = linear_layers(model)
+    produced: dict[int, str] = {}  # address of an output → name of the norm
+    consumers: dict[str, list[str]] = {}
+    kept: list[torch.Tensor] = []  # an address may be used again only once its tensor is gone
+    hooks = []
+
+    def remember_output(name):
+        def hook(module, arguments, output):
+            kept.append(output)
+            produced[output.data_ptr()] = name
+
+        return hook
+
+    def remember_input(name):
+        def hook(module, arguments):
+            if norm := produced.get(arguments[0].data_ptr()):
+                consumers.setdefault(norm, []).append(name)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if is_norm(module):
+            hooks.append(module.register_forward_hook(remember_output(name)))
+        elif name in linears:
+            hooks.append(module.register_forward_pre_hook(remember_input(name)))
+    try:
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [Pair(norm, tuple(names)) for norm, names in consumers.items()]
+
+
+def mlp_pairs(model: nn.Module) -> list[Pair]:
+    """The MLP's first and last linear layer, between which a positive factor commutes (SwiGLU's product, ReLU)."""
+    names = linear_layers(model)
+    pairs = []
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        last = f"{parent}.{MLP_PAIRS[leaf]}" if leaf in MLP_PAIRS else None
+        if last in names:
+            pairs.append(Pair(name, (last,)))
+    return pairs
+
+
+def is_norm(module: nn.Module) -> bool:
+    """LayerNorm and the RMSNorms of transformers, which share no base class but their name and their one vector."""
+    weight = getattr(module, "weight", None)
+    return "norm" in type(module).__name__.lower() and isinstance(weight, nn.Parameter) and weight.dim() == 1
+
+
+def require_relu_or_gate(model: nn.Module) -> None:
+    """Raise ValueError where a factor would not commute with the MLP's activation (GELU between fc1 and fc2)."""
+    activation = getattr(model.config, "activation_function", None)
+    gated = any(name.endswith("up_proj") for name in linear_layers(model))
+    if not gated and activation not in (None, "relu"):
+        raise ValueError(f"the MLP's activation is {activation!r}; accepted: a gated MLP or 'relu'")

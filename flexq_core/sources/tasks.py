@@ -1,0 +1,130 @@
+"""Zero-shot tasks, run by the real lm-eval harness.
+
+The six tasks of the paper come from the hub. `continuation` is made from the demo models' held-out text and needs no
+network: which of four continuations follows?
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import tempfile
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from flexq_core.sources import demo
+
+PAPER_TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande")
+CONTINUATION = "continuation"
+TASKS = (CONTINUATION, *PAPER_TASKS)
+
+CONTEXT_CHARACTERS = 400
+ENDING_CHARACTERS = 60
+CHOICES = 4
+
+_CONTINUATION_YAML = """\
+task: continuation
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    validation: {questions}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: "{{{{endings}}}}"
+doc_to_target: "{{{{label}}}}"
+target_delimiter: ""
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+
+
+class TaskError(ValueError):
+    """A task that is unknown or cannot be had; the message says what to do next."""
+
+
+def require_tasks(names: list[str]) -> None:
+    """Raise TaskError, naming the nearest one, unless every name is a task."""
+    for name in names:
+        if name not in TASKS:
+            nearest = get_close_matches(name, TASKS, n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise TaskError(f"no task is called {name!r}.{hint} Accepted: {', '.join(TASKS)}")
+
+
+def continuation_questions(text: str, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Multiple-choice questions from running text: a context, the ending that follows it, and three that do not.
+
+    text: prose.  Returns rows of {context, endings (4), label}. Endings start and stop at words, and the wrong
+    ones follow other contexts of the same text, so that nothing but the context tells them apart.
+    """
+    pieces = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        words = " ".join(paragraph.split())
+        if len(words) >= CONTEXT_CHARACTERS // 2 + ENDING_CHARACTERS:
+            start = words.rfind(" ", 0, len(words) - ENDING_CHARACTERS)
+            pieces.append((words[max(0, start - CONTEXT_CHARACTERS) : start], words[start:]))
+    chooser = random.Random(seed)
+    questions = []
+    for index, (context, ending) in enumerate(pieces):
+        others = [other for place, (_, other) in enumerate(pieces) if place != index and other != ending]
+        endings = chooser.sample(others, CHOICES - 1)
+        label = chooser.randrange(CHOICES)
+        endings.insert(label, ending)
+        questions.append({"context": context, "endings": endings, "label": label})
+    return questions
+
+
+def evaluate_tasks(
+    model: Any, tokenizer: Any, names: list[str], *, limit: int = 0, batch_size: int = 16, seed: int = 0
+) -> dict[str, tuple[float, int]]:
+    """Zero-shot accuracy by task, through lm-eval.
+
+    model, tokenizer: a transformers causal language model and its tokenizer.  names: from `TASKS`.
+    limit: questions a task at most, 0 for all.
+    Returns task → (accuracy in [0, 1], questions scored). Raises TaskError for an unknown task, or data that cannot be had.
+    """
+    require_tasks(names)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    with tempfile.TemporaryDirectory(prefix="flexq-tasks-") as folder:
+        stock = any(name in PAPER_TASKS for name in names)
+        _write_continuation(Path(folder), seed)
+        manager = TaskManager(verbosity="ERROR", include_path=folder, include_defaults=stock)
+        try:
+            results = simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                tasks=names,
+                num_fewshot=0,
+                limit=limit or None,
+                bootstrap_iters=0,
+                task_manager=manager,
+                random_seed=seed,
+                log_samples=False,
+                verbosity="ERROR",
+            )
+        except (ConnectionError, FileNotFoundError, OSError) as error:
+            raise TaskError(
+                f"cannot load the tasks {', '.join(names)}: {error}. Connect once so that they are cached, or use "
+                f"tasks={CONTINUATION}, which needs no network"
+            ) from error
+    return {
+        name: (results["results"][name]["acc,none"], results["n-samples"][name]["effective"]) for name in names
+    }
+
+
+def _write_continuation(folder: Path, seed: int) -> None:
+    questions = folder / "continuation.jsonl"
+    rows = continuation_questions(demo.held_out_text().text, seed=seed)
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "continuation.yaml").write_text(
+        _CONTINUATION_YAML.format(questions=json.dumps(str(questions))), encoding="utf-8"
+    )

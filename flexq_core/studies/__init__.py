@@ -1,0 +1,1 @@
+"""One file per notebook: what is measured, and how."""
