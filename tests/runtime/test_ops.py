@@ -141,13 +141,23 @@ def test_simulate_agrees_with_reference(weight_bits, activation_bits):
     x = torch.randn(9, 384)
     exact = run(x, quantized, packed, offset, activation_bits, "reference")
     simulated = run(x, quantized, packed, offset, activation_bits, "simulate")
-    torch.testing.assert_close(simulated, exact, rtol=1e-5, atol=1e-5)
+    assert (simulated - exact).norm() <= 1e-6 * exact.norm()
 
 
 @pytest.mark.parametrize("backend", [*EXACT_BACKENDS, "simulate", "auto"])
 def test_opcheck_and_compile_without_a_graph_break(backend):
     quantized, packed, offset = make_layer(24, 200)
-    arguments = (torch.randn(2, 5, 200), packed, quantized.scales, quantized.exponents, offset, 6, 6, 128, backend)
+    arguments = (
+        torch.randn(2, 5, 200),
+        packed,
+        quantized.scales,
+        quantized.exponents,
+        offset,
+        6,
+        6,
+        128,
+        backend,
+    )
     torch.library.opcheck(torch.ops.flexq.w6ax_linear.default, arguments)
     compiled = torch.compile(ops.w6ax_linear, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*arguments), ops.w6ax_linear(*arguments))
@@ -164,7 +174,9 @@ def test_without_a_compiler_auto_falls_back_and_says_so(monkeypatch):
     monkeypatch.setattr(ops, "_warned", set())
     with pytest.warns(RuntimeWarning, match="not used: no C\\+\\+ compiler was found"):
         assert ops.resolve_backend("auto", "cpu") == "reference"
-    with pytest.raises(ValueError, match="'cpu' cannot run here: no C\\+\\+ compiler was found; use 'reference'"):
+    with pytest.raises(
+        ValueError, match="'cpu' cannot run here: no C\\+\\+ compiler was found; use 'reference'"
+    ):
         ops.resolve_backend("cpu", "cpu")
 
 
@@ -187,11 +199,19 @@ def broken(**changes):
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
-        ({"x": torch.randn(2, 300)}, ValueError, r"weight has shape \(8, 192\); accepted: \(8, 288\) for x of 300"),
+        (
+            {"x": torch.randn(2, 300)},
+            ValueError,
+            r"weight has shape \(8, 192\); accepted: \(8, 288\) for x of 300",
+        ),
         ({"x": torch.randn(2, 256).double()}, TypeError, "x is torch.float64"),
         ({"x": torch.tensor(1.0)}, TypeError, r"of shape \(\); accepted: \[..., K\]"),
         ({"weight": torch.zeros(8, 192)}, TypeError, "weight is torch.float32; accepted: torch.uint8"),
-        ({"weight_scale": torch.zeros(8, 2)}, TypeError, "weight_scale is torch.float32; accepted: torch.float16"),
+        (
+            {"weight_scale": torch.zeros(8, 2)},
+            TypeError,
+            "weight_scale is torch.float32; accepted: torch.float16",
+        ),
         ({"weight_scale": torch.zeros(8, 3).half()}, ValueError, r"weight_scale has shape \(8, 3\)"),
         ({"weight_exponent": torch.zeros(8)}, TypeError, "weight_exponent is torch.float32"),
         ({"bias": torch.zeros(7)}, ValueError, r"bias has shape \(7,\); accepted: \(8,\)"),

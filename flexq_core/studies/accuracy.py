@@ -1,0 +1,302 @@
+"""Accuracy by quantisation method: perplexity and zero-shot tasks (FlexQ §4.2, tables 1 to 3).
+
+The module that is scored here is the module that is timed and saved. Every figure is a record, computed once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flexq_core.quant.layers import linear_layers
+from flexq_core.quant.plan import RULES
+from flexq_core.runtime import ops
+from flexq_core.runtime.convert import linear_weight_bytes, quantize_model, read_plan, resolve_plan
+from flexq_core.sources import data
+from flexq_core.sources import tasks as zero_shot
+from flexq_core.sources.models import LoadedModel, load_model, locate_model
+from flexq_core.sources.outliers import inject_outliers
+from flexq_core.studies import baselines
+from flexq_core.workbook.records import Measurement
+
+if TYPE_CHECKING:
+    from flexq_core.workbook.run import Run
+
+UNQUANTISED = "fp16"
+CALIBRATION_WINDOWS = 16
+
+_BASELINES: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
+    "rtn-w6a6": lambda model, _: baselines.round_to_nearest(model, weight_bits=6, activation_bits=6),
+    "smoothquant-w8a8": lambda model, text: baselines.smooth_quant(
+        model, text, weight_bits=8, activation_bits=8
+    ),
+    "smoothquant-w6a6": lambda model, text: baselines.smooth_quant(
+        model, text, weight_bits=6, activation_bits=6
+    ),
+}
+METHODS = (UNQUANTISED, *_BASELINES, *RULES)
+"""`fp16` is the model as it is, in float32 on a CPU. `w6a6`, `w6a8` and `flexq` are plans with groups of 128."""
+
+TITLES = {
+    "fp16": "FP16",
+    "fp32": "FP32",
+    "rtn-w6a6": "RTN W6A6, per token",
+    "smoothquant-w8a8": "SmoothQuant W8A8",
+    "smoothquant-w6a6": "SmoothQuant W6A6",
+    "w6a6": "W6A6, groups",
+    "flexq": "FlexQ (W6A6, A8 where sensitive)",
+    "w6a8": "W6A8, groups",
+}
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Summed negative log-likelihood in nats over `tokens` scored tokens."""
+
+    nll_nats: float
+    tokens: int
+
+    @property
+    def value(self) -> float:
+        return math.exp(self.nll_nats / self.tokens)
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module, rows: Tensor, *, batch_size: int = 8, progress: Callable = iter
+) -> Perplexity:
+    """Score windows of a text: every token but a window's first, given those before it in its window.
+
+    model: a causal language model.  rows: [W, T] int64, T ≥ 2.  progress: wraps the iteration over batches.
+    """
+    device = next(model.parameters()).device
+    nll, tokens = 0.0, 0
+    for batch in progress(rows.split(batch_size)):
+        batch = batch.to(device)
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+        targets = batch[:, 1:]
+        nll += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").item()
+        tokens += targets.numel()
+    return Perplexity(nll, tokens)
+
+
+class AccuracyStudy:
+    """One model, one text, several methods: measures each once and keeps the records.
+
+    run: the workbook run whose records and parameters are used.  model, dataset, windows, window_length, tasks,
+    task_limit, methods, backends, plan, outliers, seed: as the notebook's parameters say.
+    Raises before anything is computed: ValueError (or its kin PlanError, TaskError, ModelError, DataError) naming the
+    parameter's value, the nearest valid one and what is accepted.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        model: str,
+        methods: str = ",".join(METHODS),
+        backends: str = "simulate,auto",
+        plan: str = "",
+        dataset: str = "auto",
+        windows: int = 0,
+        window_length: int = 0,
+        tasks: str = "",
+        task_limit: int = 0,
+        outliers: float = 0.0,
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> None:
+        locate_model(model)
+        self.run = run
+        self.methods = _names(methods, METHODS, "method") + ([plan] if plan else [])
+        self.backends = list(
+            dict.fromkeys(
+                ops.resolve_backend(b, run.device) for b in _names(backends, ops.BACKENDS, "backend")
+            )
+        )
+        self.tasks = _names(tasks, None, "task")
+        zero_shot.require_tasks(self.tasks)
+        for name, value, least in (
+            ("windows", windows, 0),
+            ("window_length", window_length, 0),
+            ("task_limit", task_limit, 0),
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; accepted: {least} or more")
+        self.custom_plan = read_plan(plan) if plan else None
+        self.loaded: LoadedModel = load_model(model, device=run.device)
+        self.outliers, self.seed, self.batch_size, self.task_limit = outliers, seed, batch_size, task_limit
+        self.window_length = window_length or min(2048, self.loaded.context_length)
+        self.dataset = data.default_dataset(self.loaded.is_demo) if dataset == "auto" else dataset
+        self.text = data.evaluation_text(self.dataset)
+        ids = data.token_ids(self.loaded.tokenizer, self.text)
+        self.characters_per_token = len(self.text.text) / len(ids)
+        self.rows = data.windows(ids, self.window_length, windows)
+        if self.custom_plan:
+            resolve_plan(self.custom_plan, self.loaded.model)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model as it is scored: with the outliers that were asked for."""
+        return (
+            inject_outliers(self.loaded.model, self.outliers, seed=self.seed)
+            if self.outliers
+            else self.loaded.model
+        )
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        """[W, T] token ids that share nothing with the scored text."""
+        ids = data.token_ids(self.loaded.tokenizer, data.calibration_text(self.dataset))
+        return data.windows(ids, self.window_length, CALIBRATION_WINDOWS)
+
+    def cases(self) -> Iterator[tuple[str, str]]:
+        """(method, backend) in the order they are measured; only FlexQ's own methods have more than one backend."""
+        for method in self.methods:
+            if method == UNQUANTISED:
+                yield method, "torch"
+            elif method in _BASELINES:
+                yield method, "simulate"
+            else:
+                yield from ((method, backend) for backend in self.backends)
+
+    def measure(self, method: str, backend: str) -> dict[str, float]:
+        """Perplexity, zero-shot accuracy and weight size of one case: metric → value; computed unless on record."""
+        built: dict[str, nn.Module] = {}  # made once, and only when a record is missing
+
+        def quantised() -> nn.Module:
+            if not built:
+                built["model"] = self.build(method, backend)
+            return built["model"]
+
+        label = f"{self.label(method)} · {backend}"
+        once = self.run.records.once
+        shared = {"model": self.loaded.name, "method": self.label(method), "seed": self.seed}
+        records = once(
+            **shared,
+            parameters=self._inputs(method, backend) | self._text_inputs(),
+            compute=lambda: self._score(quantised(), label),
+        )
+        for task in self.tasks if backend != "simulate" or method in _BASELINES else []:
+            records |= once(
+                **shared,
+                parameters=self._inputs(method, backend) | {"task": task, "task_limit": self.task_limit},
+                compute=lambda task=task: self._score_task(quantised(), task),
+            )
+        return {metric: record.value for metric, record in records.items()}
+
+    def build(self, method: str, backend: str) -> nn.Module:
+        """The model under this method and backend; the original for `fp16`."""
+        if method == UNQUANTISED:
+            return self.model
+        if method in _BASELINES:
+            needs_text = method.startswith("smoothquant")
+            return _BASELINES[method](self.model, self.calibration if needs_text else None)
+        plan = self.custom_plan if method not in RULES else method
+        return quantize_model(self.model, plan, backend=backend)
+
+    def label(self, method: str) -> str:
+        """The method's name in records: the dtype for the unquantised model, the plan's name for a plan file."""
+        if method == UNQUANTISED:
+            return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[
+                self.loaded.model.dtype
+            ]
+        return f"plan:{self.custom_plan.name}" if method not in METHODS else method
+
+    def table(self) -> pd.DataFrame:
+        """Measure every case: one row each, with the change of perplexity against the unquantised model in percent."""
+        cases = list(self.cases())
+        rows = [
+            {"method": self.label(method), "backend": backend, **self.measure(method, backend)}
+            for method, backend in self.run.progress(cases, desc="methods", total=len(cases))
+        ]
+        table = pd.DataFrame(rows)
+        base = table.loc[table["backend"] == "torch", "perplexity"]
+        if len(base):
+            table["change_percent"] = 100 * (table["perplexity"] / base.iloc[0] - 1)
+        return table
+
+    def _inputs(self, method: str, backend: str) -> dict[str, Any]:
+        """Everything that decides a case's numbers but the text, as plain values."""
+        inputs = {
+            "backend": backend,
+            "fingerprint": self.loaded.fingerprint,
+            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
+            "outliers": self.outliers,
+        }
+        if method not in METHODS:
+            inputs["plan_sha256"] = hashlib.sha256(self.custom_plan.to_json().encode()).hexdigest()
+        if method.startswith("smoothquant"):
+            inputs["calibration_windows"] = CALIBRATION_WINDOWS
+        return inputs
+
+    def _text_inputs(self) -> dict[str, Any]:
+        return {
+            "dataset": self.dataset,
+            "text_sha256": self.text.sha256,
+            "windows": len(self.rows),
+            "window_length": self.window_length,
+        }
+
+    def _score(self, model: nn.Module, label: str) -> dict[str, Measurement]:
+        start = time.perf_counter()
+        score = perplexity(
+            model,
+            self.rows,
+            batch_size=self.batch_size,
+            progress=lambda batches: self.run.progress(batches, desc=label, total=len(batches)),
+        )
+        seconds = time.perf_counter() - start
+        bits = score.nll_nats / score.tokens / math.log(2)
+        metrics = {
+            "perplexity": Measurement(score.value, "1"),
+            "bits_per_character": Measurement(bits / self.characters_per_token, "bit"),
+            "tokens_scored": Measurement(score.tokens, "token"),
+            "seconds": Measurement(seconds, "s"),
+        }
+        if not any(
+            isinstance(module, baselines.RowwiseLinear) for module in model.modules()
+        ):  # holds no codes
+            size = linear_weight_bytes(model)
+            metrics["linear_weight_mib"] = Measurement(size / 2**20, "MiB")
+            metrics["bits_per_weight"] = Measurement(8 * size / self._weights, "bit")
+        return metrics
+
+    def _score_task(self, model: nn.Module, task: str) -> dict[str, Measurement]:
+        accuracy, questions = zero_shot.evaluate_tasks(
+            model, self.loaded.tokenizer, [task], limit=self.task_limit, seed=self.seed
+        )[task]
+        return {
+            f"accuracy/{task}": Measurement(accuracy, "1"),
+            f"questions/{task}": Measurement(questions, "question"),
+        }
+
+    @cached_property
+    def _weights(self) -> int:
+        return sum(layer.weight.numel() for layer in linear_layers(self.loaded.model).values())
+
+
+def _names(text: str, accepted: tuple[str, ...] | None, what: str) -> list[str]:
+    """A comma-separated parameter as a list without repetition; ValueError names the nearest accepted value."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in names if accepted else []:
+        if name not in accepted:
+            nearest = get_close_matches(name, accepted, n=1)
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            raise ValueError(f"no {what} is called {name!r}{hint}; accepted: {', '.join(accepted)}")
+    if accepted and not names:
+        raise ValueError(f"no {what} is given; accepted: {', '.join(accepted)}")
+    return names

@@ -1,0 +1,37 @@
+"""Small models with random weights, one of each architecture that the workbook must take."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+SIZES = dict(num_hidden_layers=2, num_attention_heads=4, vocab_size=96, max_position_embeddings=64)
+GATED = dict(hidden_size=64, intermediate_size=176, **SIZES)
+
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(num_key_value_heads=4, **GATED),
+    "llama-3": lambda: transformers.LlamaConfig(num_key_value_heads=2, tie_word_embeddings=True, **GATED),
+    "qwen": lambda: transformers.Qwen2Config(num_key_value_heads=2, **GATED),
+    "mistral": lambda: transformers.MistralConfig(num_key_value_heads=2, **GATED),
+    "opt": lambda: transformers.OPTConfig(
+        hidden_size=64, ffn_dim=200, word_embed_proj_dim=48, activation_function="relu", **SIZES
+    ),
+}
+
+
+def tiny_model(architecture: str, seed: int = 0):
+    """A causal language model in float32 whose biases and norms are random too, so that each one matters."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture]()).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def logits(model, seed: int = 1):
+    """Logits on fixed random tokens: [2, 24, vocabulary]."""
+    ids = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits

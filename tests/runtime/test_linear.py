@@ -1,0 +1,80 @@
+"""`FlexQLinear`: made from a linear layer, casts and moves without losing its scales, saved as a plain state dict."""
+
+import pytest
+import torch
+from torch import nn
+
+from flexq_core.quant import LayerPrecision, dequantize, quantize_weight
+from flexq_core.runtime.linear import FlexQLinear
+
+
+def test_equals_a_linear_layer_with_the_dequantised_weight():
+    linear = nn.Linear(200, 30)
+    layer = FlexQLinear.from_linear(linear, precision=LayerPrecision(6, 8), backend="reference")
+    weight = dequantize(quantize_weight(linear.weight.detach(), bits=6))
+    x = torch.randn(4, 5, 200)
+    expected = nn.functional.linear(x, weight, linear.bias)
+    error = (layer(x) - expected).norm() / expected.norm()
+    assert error < 0.01  # what 8-bit activations cost
+    assert error > 0  # they are quantised indeed
+
+
+def test_shapes_types_and_trainability_of_the_parameters():
+    layer = FlexQLinear.from_linear(nn.Linear(200, 30))
+    found = {name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters()}
+    assert found == {
+        "weight": ((30, 192), torch.uint8, False),
+        "weight_scale": ((30, 2), torch.float16, False),
+        "weight_exponent": ((30,), torch.int8, False),
+        "bias": ((30,), torch.float32, False),
+    }
+    assert layer.weight_bytes() == 30 * (192 + 2 * 2 + 1)
+    assert "W6A6, group_size=128" in repr(layer)
+
+
+def test_eight_bit_weights():
+    linear = nn.Linear(256, 16, bias=False)
+    layer = FlexQLinear.from_linear(linear, precision=LayerPrecision(8, 8))
+    x = torch.randn(3, 256)
+    assert layer.weight.shape == (16, 256)
+    assert (layer(x) - linear(x)).norm() / linear(x).norm() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_casting_keeps_codes_and_scales_and_follows_the_input(dtype):
+    layer = FlexQLinear.from_linear(nn.Linear(256, 16))
+    before = {name: p.clone() for name, p in layer.named_parameters()}
+    layer.to(dtype)
+    assert torch.equal(layer.weight, before["weight"]) and torch.equal(
+        layer.weight_scale, before["weight_scale"]
+    )
+    assert layer.weight_scale.dtype == torch.float16 and layer.bias.dtype == dtype
+    y = layer(torch.randn(2, 256).to(dtype))
+    assert y.dtype == dtype and torch.isfinite(y).all()
+
+
+def test_state_dict_round_trip_is_bit_equal():
+    layer = FlexQLinear.from_linear(nn.Linear(300, 20))
+    other = FlexQLinear(300, 20)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(7, 300)
+    assert torch.equal(layer(x), other(x))
+
+
+def test_the_linear_layer_is_left_alone():
+    linear = nn.Linear(128, 8)
+    before = linear.weight.clone(), linear.bias.clone()
+    layer = FlexQLinear.from_linear(linear)
+    with torch.no_grad():
+        layer.bias.add_(1)
+    assert torch.equal(linear.weight, before[0]) and torch.equal(linear.bias, before[1])
+
+
+def test_bad_weights_are_refused():
+    with pytest.raises(ValueError, match="on the meta device"):
+        FlexQLinear.from_linear(nn.Linear(128, 8, device="meta"))
+    linear = nn.Linear(128, 8)
+    with torch.no_grad():
+        linear.weight[3, 5] = float("inf")
+    with pytest.raises(ValueError, match=r"inf at index \(3, 5\)"):
+        FlexQLinear.from_linear(linear)
