@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 
-SIZES = dict(num_hidden_layers=2, num_attention_heads=4, vocab_size=96, max_position_embeddings=64)
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96, "max_position_embeddings": 64}
 GATED = dict(hidden_size=64, intermediate_size=176, **SIZES)
 
 CONFIGS = {

@@ -1,9 +1,9 @@
 """Texts to score and to calibrate on, and their windows.
 
-    pydoc       documentation of the Python language (`pydoc_data.topics`): on every machine, for the demo models
-    wikitext2   WikiText-2 raw, test split joined with blank lines, as the paper scores it
-    c4          C4, a validation shard
-    ptb         Penn Treebank
+pydoc       documentation of the Python language (`pydoc_data.topics`): on every machine, for the demo models
+wikitext2   WikiText-2 raw, test split joined with blank lines, as the paper scores it
+c4          C4, a validation shard
+ptb         Penn Treebank
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
+from flexq_core.sources.text import Text
 from torch import Tensor
 
 from flexq_core.sources import demo
-from flexq_core.sources.text import Text
 
 
 class DataError(RuntimeError):
@@ -94,7 +94,9 @@ def _hub_text(name: str, split: str) -> Text:
             "cached, or use dataset=pydoc, which needs no network"
         ) from error
     column = rows[hub.column] if hub.rows is None else rows[: hub.rows][hub.column]
-    return Text.of(name, "\n\n".join(column), origin=f"{hub.dataset} {hub.configuration or ''} {split}".strip())
+    return Text.of(
+        name, "\n\n".join(column), origin=f"{hub.dataset} {hub.configuration or ''} {split}".strip()
+    )
 
 
 def token_ids(tokenizer: Any, text: Text) -> Tensor:

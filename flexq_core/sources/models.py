@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from flexq_core.sources.demo import DEMO_MODELS, demo_path
 
 HUB_MODELS = {
@@ -110,7 +109,9 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype | None = No
         model=model.to(device).eval(),
         tokenizer=tokenizer,
         fingerprint=_fingerprint(place, config),
-        context_length=DEMO_MODELS[name].context_length if name in DEMO_MODELS else config.max_position_embeddings,
+        context_length=DEMO_MODELS[name].context_length
+        if name in DEMO_MODELS
+        else config.max_position_embeddings,
     )
 
 
@@ -135,14 +136,22 @@ def _explain(name: str, place: str, error: Exception) -> str:
     text = " ".join(str(link) for link in chain)
     if "GatedRepoError" in kinds or "gated repo" in text:
         step = (
-            f"it is gated: accept its licence on its hub page, log in with `hf auth login` or set HF_TOKEN, and run "
-            f"again; or give a local snapshot's folder as the model (env/README.md)"
+            "it is gated: accept its licence on its hub page, log in with `hf auth login` or set HF_TOKEN, and run "
+            "again; or give a local snapshot's folder as the model (env/README.md)"
         )
     elif "RepositoryNotFoundError" in kinds or "is not a valid model identifier" in text:
-        step = "the hub has no such repository, or it is private: check the id, or log in with `hf auth login`"
+        step = (
+            "the hub has no such repository, or it is private: check the id, or log in with `hf auth login`"
+        )
     elif Path(place).is_dir():
         step = f"the folder is not a complete causal language model with safetensors weights ({error})"
-    elif kinds & {"ConnectionError", "ConnectTimeout", "ConnectError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
+    elif kinds & {
+        "ConnectionError",
+        "ConnectTimeout",
+        "ConnectError",
+        "LocalEntryNotFoundError",
+        "OfflineModeIsEnabled",
+    }:
         step = (
             "the hub cannot be reached and the model is not in the local cache: connect, or give the folder of a "
             "snapshot downloaded elsewhere as the model (env/README.md), or use demo-llama, which needs no network"

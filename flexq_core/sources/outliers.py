@@ -13,7 +13,7 @@ import math
 import torch
 from torch import nn
 
-from flexq_core.sources.structure import mlp_pairs, norm_pairs, require_relu_or_gate
+from flexq_core.sources.structure import mlp_pairs, norm_pairs, require_same_function, rescale_in_place
 
 CHANNELS_SHARE = 1 / 64
 """Share of a layer's channels that become outliers, at least one: a few in a thousand to a few in a hundred in models."""
@@ -22,26 +22,22 @@ CHANNELS_SHARE = 1 / 64
 def inject_outliers(model: nn.Module, strength: float, *, seed: int = 0) -> nn.Module:
     """A copy of `model` whose norm outputs and MLP activations carry outlier channels; `model` is left alone.
 
-    model: a decoder-only transformers model.  strength: factor by which chosen channels grow; 1 changes nothing.
-    seed: chooses the channels.  Raises ValueError for a strength below 1 or not finite.
+    model: a decoder-only transformers model.  strength: factor by which chosen channels grow, 0 for none.
+    seed: chooses the channels.
+    Raises ValueError for a strength that is not 0 or at least 1, or a model that rescaling would change.
     """
-    if not math.isfinite(strength) or strength < 1:
-        raise ValueError(f"outlier strength is {strength!r}; accepted: a number of at least 1")
-    model = copy.deepcopy(model)
-    if strength == 1:
-        return model
-    require_relu_or_gate(model)
+    if strength != 0 and not (math.isfinite(strength) and strength >= 1):
+        raise ValueError(f"outliers is {strength!r}; accepted: 0 for none, or a factor of at least 1")
+    rescaled = copy.deepcopy(model)
+    if strength in (0, 1):
+        return rescaled
     generator = torch.Generator().manual_seed(seed)
-    pairs = norm_pairs(model) + mlp_pairs(model)
-    with torch.no_grad():
-        for pair in pairs:
-            producer = model.get_submodule(pair.producer)
-            width = producer.weight.shape[0]
-            count = max(1, round(width * CHANNELS_SHARE))
-            channels = torch.randperm(width, generator=generator)[:count].to(producer.weight.device)
-            producer.weight[channels] *= strength
-            if getattr(producer, "bias", None) is not None:
-                producer.bias[channels] *= strength
-            for name in pair.consumers:
-                model.get_submodule(name).weight[:, channels] /= strength
-    return model
+    for pair in norm_pairs(model) + mlp_pairs(model):
+        width = model.get_submodule(pair.producer).weight.shape[0]
+        factors = torch.ones(width)
+        factors[torch.randperm(width, generator=generator)[: max(1, round(width * CHANNELS_SHARE))]] = (
+            strength
+        )
+        rescale_in_place(rescaled, pair, factors)
+    require_same_function(model, rescaled)
+    return rescaled

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flexq_core.quant.layers import linear_layers
 
@@ -32,7 +32,7 @@ def norm_pairs(model: nn.Module) -> list[Pair]:
     linears = linear_layers(model)
     produced: dict[int, str] = {}  # address of an output → name of the norm
     consumers: dict[str, list[str]] = {}
-    kept: list[torch.Tensor] = []  # an address may be used again only once its tensor is gone
+    kept: list[Tensor] = []  # an address may be used again only once its tensor is gone
     hooks = []
 
     def remember_output(name):
@@ -76,15 +76,40 @@ def mlp_pairs(model: nn.Module) -> list[Pair]:
     return pairs
 
 
+@torch.no_grad()
+def rescale_in_place(model: nn.Module, pair: Pair, factors: Tensor) -> None:
+    """Multiply the producer's channels by `factors` [channels] and divide the consumers' weights by them."""
+    producer = model.get_submodule(pair.producer)
+    factors = factors.to(producer.weight.device, torch.float32)
+    for parameter in (producer.weight, getattr(producer, "bias", None)):
+        if parameter is not None:
+            per_channel = factors if parameter.dim() == 1 else factors[:, None]
+            parameter.copy_(parameter.float() * per_channel)
+    for name in pair.consumers:
+        weight = model.get_submodule(name).weight
+        weight.copy_(weight.float() / factors)
+
+
 def is_norm(module: nn.Module) -> bool:
     """LayerNorm and the RMSNorms of transformers, which share no base class but their name and their one vector."""
     weight = getattr(module, "weight", None)
     return "norm" in type(module).__name__.lower() and isinstance(weight, nn.Parameter) and weight.dim() == 1
 
 
-def require_relu_or_gate(model: nn.Module) -> None:
-    """Raise ValueError where a factor would not commute with the MLP's activation (GELU between fc1 and fc2)."""
-    activation = getattr(model.config, "activation_function", None)
-    gated = any(name.endswith("up_proj") for name in linear_layers(model))
-    if not gated and activation not in (None, "relu"):
-        raise ValueError(f"the MLP's activation is {activation!r}; accepted: a gated MLP or 'relu'")
+def require_same_function(model: nn.Module, rescaled: nn.Module) -> None:
+    """Raise ValueError unless both models give the same logits on a short input, up to rounding.
+
+    Rescaling channels keeps the function only where nothing but products and ReLU lies between producer and
+    consumers; GELU, or a norm that adds one to its gain, would change the model silently.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(8, device=device)[None]
+    with torch.no_grad():
+        before, after = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, rescaled))
+    error = ((after - before).norm() / before.norm()).item()
+    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    if not error < tolerance:
+        raise ValueError(
+            f"{type(model).__name__} computes something else after its channels were rescaled (relative change "
+            f"{error:.1e}); accepted: models with plain norm gains and a gated or ReLU MLP (LLaMA, Mistral, Qwen, OPT)"
+        )

@@ -117,7 +117,8 @@ def evaluate_tasks(
                 f"tasks={CONTINUATION}, which needs no network"
             ) from error
     return {
-        name: (results["results"][name]["acc,none"], results["n-samples"][name]["effective"]) for name in names
+        name: (results["results"][name]["acc,none"], results["n-samples"][name]["effective"])
+        for name in names
     }
 
 
