@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -59,17 +60,32 @@ def quantize_model(
     Raises PlanError for a plan that does not fit, ValueError for a weight that is not finite (names the layer).
     """
     plan = resolve_plan(plan, model)
-    # A parameter of its own over the same memory: moving or casting the new model leaves the old one alone.
-    # The maps from an object to its stand-in are what deepcopy consults, so ties between parameters survive.
+    return replace_linear_layers(
+        model,
+        lambda name, linear: FlexQLinear.from_linear(
+            linear, precision=plan.layers[name], group_size=plan.group_size, backend=backend
+        ),
+        progress=progress,
+    )
+
+
+def replace_linear_layers(
+    model: nn.Module, make: Callable[[str, nn.Linear], nn.Module], *, progress: bool = False
+) -> nn.Module:
+    """A new model in which `make(name, linear)` stands for every linear layer of the blocks; the rest shares memory.
+
+    A ValueError that `make` raises is raised again with the layer's name.
+    """
+    # What deepcopy finds in this memo it takes as the copy. A parameter of its own over the same memory: moving or
+    # casting the new model leaves the old one alone, and ties between parameters survive.
     stand_ins: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
         stand_ins[id(parameter)] = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
-    layers = linear_layers(model)
-    for name, linear in tqdm(layers.items(), desc="quantise", unit="layer", disable=not progress):
+    for name, linear in tqdm(
+        linear_layers(model).items(), desc="quantise", unit="layer", disable=not progress
+    ):
         try:
-            stand_ins[id(linear)] = FlexQLinear.from_linear(
-                linear, precision=plan.layers[name], group_size=plan.group_size, backend=backend
-            )
+            stand_ins[id(linear)] = make(name, linear)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
     return copy.deepcopy(model, stand_ins)

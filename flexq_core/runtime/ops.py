@@ -61,6 +61,7 @@ def w6ax_linear(
 
 @w6ax_linear.register_fake
 def _(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size, backend):
+    _require_fit(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -129,7 +130,9 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
 BACKENDS = ("auto", *_BACKENDS)
 
 
-def _require_fit(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size) -> None:
+def _require_fit(
+    x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size
+) -> None:
     require_bits(weight_bits, accepted=WEIGHT_BITS, what="weight bits")
     require_bits(activation_bits, accepted=ACTIVATION_BITS, what="activation bits")
     if x.dim() == 0 or x.dtype not in FLOAT_TYPES:

@@ -1,0 +1,136 @@
+"""What FlexQ is, in pictures of the model at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from torch import nn
+
+from flexq_core.quant import GROUP_SIZE, PrecisionPlan, dequantize, pack_codes, quantize_weight
+from flexq_core.quant.layers import linear_layers
+from flexq_core.runtime.convert import linear_weight_bytes
+from flexq_core.workbook import figures
+
+
+def sizes(model: nn.Module, quantised: nn.Module) -> pd.DataFrame:
+    """Size of the block's linear weights in each form, in MiB, and bits a weight, scales included."""
+    weights = sum(layer.weight.numel() for layer in linear_layers(model).values())
+    forms = {"FP32": 4 * weights, "FP16": 2 * weights, "INT8": weights, "FlexQ": linear_weight_bytes(quantised)}
+    table = pd.DataFrame({"form": forms.keys(), "bytes": forms.values()})
+    table["size_mib"] = table["bytes"] / 2**20
+    table["bits_per_weight"] = 8 * table["bytes"] / weights
+    return table.drop(columns="bytes")
+
+
+@torch.no_grad()
+def continue_text(model: Any, tokenizer: Any, prompt: str, *, new_tokens: int, seed: int = 0) -> str:
+    """What the model writes after `prompt`, sampled with the same seed for every model that is compared."""
+    torch.manual_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs.pop("token_type_ids", None)
+    output = model.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.9,
+        repetition_penalty=1.1,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def logits_difference(first: Any, second: Any, ids: torch.Tensor) -> float:
+    """Relative difference of two models' logits on token ids [B, T]: ‖a - b‖ / ‖b‖."""
+    a, b = (model(input_ids=ids.to(model.device), use_cache=False).logits.double() for model in (first, second))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def plot_group(model: nn.Module, layer: str) -> Figure:
+    """A row's first group of weights, its codes, and what rounding costs."""
+    weight = linear_layers(model)[layer].weight.detach()[:1, :GROUP_SIZE].float().cpu()
+    quantized = quantize_weight(weight, bits=6)
+    step = quantized.scales.float()[0, 0].item()
+    values, restored = weight[0].numpy(), dequantize(quantized)[0].numpy()
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, height_ratios=(3, 1), figsize=figures.HALF_PAGE)
+    above.vlines(range(len(values)), 0, restored, color=figures.MAIN, linewidth=1)
+    above.plot(restored, "s", color=figures.MAIN, markersize=2.5, label=f"code × scale ({step:.2g})")
+    above.plot(values, ".", color=figures.INK, markersize=3, label="weight")
+    above.set_ylabel("weight")
+    above.legend(loc="upper right", ncols=2)
+    below.axhspan(-0.5, 0.5, color=figures.LIGHT)
+    below.plot((values - restored) / step, ".", color=figures.ACCENT, markersize=3)
+    below.set(ylim=(-1, 1), xlabel=f"index within the group of {GROUP_SIZE}", ylabel="error (steps)")
+    return figure
+
+
+def plot_packing() -> Figure:
+    """Where the bits of four codes go: three bytes, as quant/packing.py draws them."""
+    codes = torch.eye(4, dtype=torch.int8).neg()  # code i is all ones, the others zero
+    packed = pack_codes(codes, 6).numpy()
+    owner = np.zeros(24, int)
+    for code, row in enumerate(packed):
+        owner[np.unpackbits(row, bitorder="little").astype(bool)] = code
+    figure, axis = plt.subplots(figsize=(figures.HALF_PAGE[0], 1.3))
+    colours = figures.SEQUENCE[:4]
+    axis.imshow(owner[None], cmap=ListedColormap(colours), aspect="auto", vmin=-0.5, vmax=3.5)
+    for bit, code in enumerate(owner):
+        axis.text(bit, 0, str(bit - 6 * code), ha="center", va="center", color="white", fontsize=8)
+    for edge in (7.5, 15.5):
+        axis.axvline(edge, color="white", linewidth=3)
+    axis.set_yticks([])
+    axis.set_xticks([3.5, 11.5, 19.5], ["byte 0", "byte 1", "byte 2"])
+    for code in range(4):
+        axis.text(6 * code + 2.5, -0.62, f"code {code}", ha="center", color=colours[code], fontsize=9)
+    axis.grid(False)
+    axis.tick_params(length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    return figure
+
+
+def plot_plan(plan: PrecisionPlan) -> Figure:
+    """Activation bits by block and layer."""
+    blocks = list(dict.fromkeys(_split(layer)[0] for layer in plan.layers))
+    kinds = list(dict.fromkeys(_split(layer)[1] for layer in plan.layers))
+    grid = np.full((len(kinds), len(blocks)), np.nan)
+    for layer, bits in plan.layers.items():
+        block, kind = _split(layer)
+        grid[kinds.index(kind), blocks.index(block)] = bits.activation_bits
+    figure, axis = plt.subplots(figsize=(figures.HALF_PAGE[0], 0.6 + 0.27 * len(kinds)))
+    axis.imshow(grid == 8, cmap=ListedColormap([figures.LIGHT, figures.ACCENT]), aspect="auto", vmin=0, vmax=1)
+    if len(blocks) <= 16:
+        for (row, column), bits in np.ndenumerate(grid):
+            axis.text(column, row, f"A{bits:.0f}", ha="center", va="center", fontsize=8)
+    axis.set_yticks(range(len(kinds)), kinds)
+    axis.set_xticks(range(0, len(blocks), max(1, len(blocks) // 8)))
+    axis.set_xlabel("block")
+    axis.grid(False)
+    return figure
+
+
+def plot_sizes(table: pd.DataFrame) -> Figure:
+    """Size of the linear weights in each form."""
+    figure, axis = plt.subplots(figsize=(figures.HALF_PAGE[0], 1.9))
+    colours = [figures.MAIN if form == "FlexQ" else figures.NEUTRAL for form in table["form"]]
+    bars = axis.barh(table["form"], table["size_mib"], color=colours)
+    labels = [f"{size:.1f} MiB, {bits:.3g} bits" for size, bits in zip(table["size_mib"], table["bits_per_weight"])]
+    axis.bar_label(bars, labels, padding=3)
+    axis.set(xlabel="linear weights (MiB)", xlim=(0, table["size_mib"].max() * 1.45))
+    axis.invert_yaxis()
+    axis.grid(False, axis="y")
+    return figure
+
+
+def _split(layer: str) -> tuple[str, str]:
+    """model.layers.3.mlp.up_proj → (3, up_proj)."""
+    parts = layer.split(".")
+    number = next(i for i in reversed(range(len(parts))) if parts[i].isdigit())
+    return parts[number], parts[-1]
