@@ -1,0 +1,1 @@
+"""What comes in: models, texts, tasks, and the embedded demo models."""
