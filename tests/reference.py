@@ -30,9 +30,7 @@ def pack6(codes: np.ndarray) -> np.ndarray:
     return np.packbits(bits.astype(np.uint8).reshape(rows, features * 6), axis=1, bitorder="little")
 
 
-def linear_oracle(
-    x, codes, scales, exponents, bias, activation_bits: int, group_size: int = 128
-) -> np.ndarray:
+def linear_oracle(x, codes, scales, exponents, bias, activation_bits: int, group_size: int = 128) -> np.ndarray:
     """Y = 2^e[n] * sum_g sx[m,g] * sw[n,g] * sum_{k in g} qx[m,k] * qw[n,k] + bias[n] in float64.
 
     x: [M, K] float32.  codes: int [N, Kp], unpacked.  scales: [N, G].  exponents: int [N].  bias: [N] or None.

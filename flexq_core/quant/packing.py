@@ -73,9 +73,7 @@ def pack_bit_planes(codes: Tensor, bits: int) -> Tensor:
     require_bits(bits, accepted=tuple(range(2, 9)))
     _require_codes(codes, bits)
     if codes.shape[-1] % _WORD_BITS:
-        raise ValueError(
-            f"cannot pack planes of {codes.shape[-1]} codes; accepted: a multiple of {_WORD_BITS}"
-        )
+        raise ValueError(f"cannot pack planes of {codes.shape[-1]} codes; accepted: a multiple of {_WORD_BITS}")
     words = codes.to(torch.int32).unflatten(-1, (-1, _WORD_BITS))
     places = torch.arange(_WORD_BITS, dtype=torch.int32, device=codes.device)
     # Distinct powers of two: the sum is their union, and bit 31 makes the word negative, as int32 stores it.

@@ -78,9 +78,7 @@ class PrecisionPlan:
         if not isinstance(self.name, str) or not self.name:
             raise PlanError(f"the plan's name is {self.name!r}; accepted: a non-empty string")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 1:
-            raise PlanError(
-                f"the plan's group_size is {self.group_size!r}; accepted: an integer of at least 1"
-            )
+            raise PlanError(f"the plan's group_size is {self.group_size!r}; accepted: an integer of at least 1")
         if not self.layers:
             raise PlanError("the plan names no layer")
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
@@ -108,9 +106,7 @@ class PrecisionPlan:
         if data["format"] != FORMAT:
             raise PlanError(f"the plan's format is {data['format']!r}; accepted: {FORMAT!r}")
         if data["version"] != VERSION:
-            raise PlanError(
-                f"the plan's version is {data['version']!r}; this release reads version {VERSION}"
-            )
+            raise PlanError(f"the plan's version is {data['version']!r}; this release reads version {VERSION}")
         if not isinstance(data["layers"], dict):
             raise PlanError("the plan's layers must be an object: layer name → bits")
         layers = {}
@@ -125,8 +121,7 @@ class PrecisionPlan:
     def to_json(self) -> str:
         """The plan as JSON, one layer a line; `from_json` gives back an equal plan."""
         layers = ",\n".join(
-            f"    {json.dumps(layer)}: "
-            f'{{"weight_bits": {bits.weight_bits}, "activation_bits": {bits.activation_bits}}}'
+            f'    {json.dumps(layer)}: {{"weight_bits": {bits.weight_bits}, "activation_bits": {bits.activation_bits}}}'
             for layer, bits in self.layers.items()
         )
         return (
@@ -166,6 +161,4 @@ def _require_keys(data: Any, keys: set[str], what: str) -> None:
     if missing := sorted(keys - data.keys()):
         raise PlanError(f"{what} lacks {', '.join(map(repr, missing))}")
     if unknown := sorted(data.keys() - keys):
-        raise PlanError(
-            f"{what} has unknown keys {', '.join(map(repr, unknown))}; accepted: {', '.join(sorted(keys))}"
-        )
+        raise PlanError(f"{what} has unknown keys {', '.join(map(repr, unknown))}; accepted: {', '.join(sorted(keys))}")

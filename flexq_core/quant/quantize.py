@@ -103,14 +103,10 @@ def _finite_groups(x: Tensor, group_size: int) -> Tensor:
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size is {group_size!r}; accepted: an integer of at least 1")
     if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(
-            f"cannot quantise shape {tuple(x.shape)}; the last axis must hold at least one element"
-        )
+        raise ValueError(f"cannot quantise shape {tuple(x.shape)}; the last axis must hold at least one element")
     if not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
         index = tuple((~torch.isfinite(x)).nonzero()[0].tolist())
-        raise ValueError(
-            f"cannot quantise non-finite values: the first is {x[index].item()} at index {index}"
-        )
+        raise ValueError(f"cannot quantise non-finite values: the first is {x[index].item()} at index {index}")
     groups = group_count(x.shape[-1], group_size)
     padded = torch.nn.functional.pad(x.float(), (0, groups * group_size - x.shape[-1]))
     return padded.unflatten(-1, (groups, group_size))

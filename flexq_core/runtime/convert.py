@@ -81,9 +81,7 @@ def replace_linear_layers(
     stand_ins: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
         stand_ins[id(parameter)] = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
-    for name, linear in tqdm(
-        linear_layers(model).items(), desc="quantise", unit="layer", disable=not progress
-    ):
+    for name, linear in tqdm(linear_layers(model).items(), desc="quantise", unit="layer", disable=not progress):
         try:
             stand_ins[id(linear)] = make(name, linear)
         except ValueError as error:
@@ -94,6 +92,4 @@ def replace_linear_layers(
 def linear_weight_bytes(model: nn.Module) -> int:
     """Bytes of the weights of the block's linear layers, quantised (with scales) or not."""
     packed = sum(layer.weight_bytes() for layer in model.modules() if isinstance(layer, FlexQLinear))
-    return packed + sum(
-        layer.weight.numel() * layer.weight.element_size() for layer in linear_layers(model).values()
-    )
+    return packed + sum(layer.weight.numel() * layer.weight.element_size() for layer in linear_layers(model).values())

@@ -66,9 +66,7 @@ class FlexQLinear(nn.Module):
         Raises ValueError for a non-finite weight, or one without data (on the meta device).
         """
         if linear.weight.is_meta:
-            raise ValueError(
-                "the linear layer has no weights yet (it is on the meta device); load them first"
-            )
+            raise ValueError("the linear layer has no weights yet (it is on the meta device); load them first")
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -105,9 +103,7 @@ class FlexQLinear(nn.Module):
 
     def weight_bytes(self) -> int:
         """Bytes that the packed weight takes with its scales and exponents."""
-        return sum(
-            p.numel() * p.element_size() for p in (self.weight, self.weight_scale, self.weight_exponent)
-        )
+        return sum(p.numel() * p.element_size() for p in (self.weight, self.weight_scale, self.weight_exponent))
 
     def extra_repr(self) -> str:
         return (

@@ -130,15 +130,11 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
 BACKENDS = ("auto", *_BACKENDS)
 
 
-def _require_fit(
-    x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size
-) -> None:
+def _require_fit(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size) -> None:
     require_bits(weight_bits, accepted=WEIGHT_BITS, what="weight bits")
     require_bits(activation_bits, accepted=ACTIVATION_BITS, what="activation bits")
     if x.dim() == 0 or x.dtype not in FLOAT_TYPES:
-        raise TypeError(
-            f"x is {x.dtype} of shape {tuple(x.shape)}; accepted: [..., K] float32, float16 or bfloat16"
-        )
+        raise TypeError(f"x is {x.dtype} of shape {tuple(x.shape)}; accepted: [..., K] float32, float16 or bfloat16")
     outputs, groups = weight.shape[0], group_count(x.shape[-1], group_size)
     expected = {
         "weight": (weight, torch.uint8, (outputs, packed_bytes(groups * group_size, weight_bits))),

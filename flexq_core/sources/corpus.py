@@ -44,9 +44,7 @@ def package_docstrings(package: str) -> Iterator[str]:
     if package == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         files = [
-            path
-            for path in root.rglob("*.py")
-            if not {"site-packages", "test", "tests", "idlelib"} & {*path.parts}
+            path for path in root.rglob("*.py") if not {"site-packages", "test", "tests", "idlelib"} & {*path.parts}
         ]
         files = [path for path in files if path.parent.name != "pydoc_data"]
     else:
@@ -72,11 +70,7 @@ def file_docstrings(path: Path) -> Iterator[str]:
                 yield text
         elif isinstance(node, ast.Call):
             for argument in node.args:
-                if (
-                    isinstance(argument, ast.Constant)
-                    and isinstance(argument.value, str)
-                    and len(argument.value) > 200
-                ):
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str) and len(argument.value) > 200:
                     yield inspect.cleandoc(argument.value)
 
 
@@ -90,9 +84,7 @@ def paragraphs(text: str) -> Iterator[str]:
 
 def fingerprint(paragraph: str) -> bytes:
     """What two paragraphs share when they differ in spacing and case only."""
-    return hashlib.sha1(
-        " ".join(paragraph.lower().split()).encode("utf-8", "replace"), usedforsecurity=False
-    ).digest()
+    return hashlib.sha1(" ".join(paragraph.lower().split()).encode("utf-8", "replace"), usedforsecurity=False).digest()
 
 
 def documents(packages: Iterable[str], *, without: Iterable[str] = ()) -> list[str]:

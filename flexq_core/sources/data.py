@@ -14,10 +14,10 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from flexq_core.sources.text import Text
 from torch import Tensor
 
 from flexq_core.sources import demo
+from flexq_core.sources.text import Text
 
 
 class DataError(RuntimeError):
@@ -54,6 +54,8 @@ HUB_TEXTS = {
     "ptb": HubText("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", "test", "train"),
 }
 DATASETS = ("pydoc", *HUB_TEXTS)
+DEFAULT_WINDOWS = {"c4": 256, "pydoc": 128}
+"""Windows scored unless told: the paper's 256 for C4, half of the demo text to save time, all of the others."""
 
 
 def default_dataset(is_demo: bool) -> str:
@@ -94,9 +96,7 @@ def _hub_text(name: str, split: str) -> Text:
             "cached, or use dataset=pydoc, which needs no network"
         ) from error
     column = rows[hub.column] if hub.rows is None else rows[: hub.rows][hub.column]
-    return Text.of(
-        name, "\n\n".join(column), origin=f"{hub.dataset} {hub.configuration or ''} {split}".strip()
-    )
+    return Text.of(name, "\n\n".join(column), origin=f"{hub.dataset} {hub.configuration or ''} {split}".strip())
 
 
 def token_ids(tokenizer: Any, text: Text) -> Tensor:

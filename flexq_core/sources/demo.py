@@ -98,9 +98,7 @@ def _shared() -> dict[str, Any]:
 DEMO_MODELS = {
     model.name: model
     for model in (
-        DemoModel(
-            "demo-llama", "RMSNorm, SwiGLU, rotary positions, grouped-query attention", _llama, steps=2500
-        ),
+        DemoModel("demo-llama", "RMSNorm, SwiGLU, rotary positions, grouped-query attention", _llama, steps=2500),
         DemoModel("demo-opt", "LayerNorm, biases, ReLU, learned positions, padded groups", _opt, steps=8000),
     )
 }
@@ -113,9 +111,7 @@ def demo_path(name: str) -> Path:
 
 def held_out_text() -> Text:
     """The text demo models are scored on: the Python language's documentation, about 465 000 characters."""
-    return Text.of(
-        "pydoc", corpus.language_topics(), origin=f"pydoc_data.topics of Python {platform.python_version()}"
-    )
+    return Text.of("pydoc", corpus.language_topics(), origin=f"pydoc_data.topics of Python {platform.python_version()}")
 
 
 def calibration_text() -> Text:
@@ -207,17 +203,13 @@ def train(
     warmup = min(200, steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
-        lambda step: min(
-            (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup)))
-        ),
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup)))),
     )
     offsets = torch.arange(CONTEXT_LENGTH + 1, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     start = time.perf_counter()
     for step in range(steps):
-        first = torch.randint(
-            len(tokens) - CONTEXT_LENGTH, (batch_size, 1), device=device, generator=generator
-        )
+        first = torch.randint(len(tokens) - CONTEXT_LENGTH, (batch_size, 1), device=device, generator=generator)
         window = tokens[first + offsets].long()
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             logits = step_model(input_ids=window[:, :-1], use_cache=False).logits
@@ -292,18 +284,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m flexq_core.sources.demo", description="Make and score demo models."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser(
-        "corpus", help="collect docstrings, train the tokenizer, write token files (a minute)"
-    )
+    build = commands.add_parser("corpus", help="collect docstrings, train the tokenizer, write token files (a minute)")
     build.add_argument("--out", type=Path, required=True, help="folder to write")
     fit = commands.add_parser("train", help="train a demo model (minutes on one GPU)")
     fit.add_argument("name", choices=DEMO_MODELS)
     fit.add_argument("--corpus", type=Path, help="folder written by `corpus`; made beside --out if absent")
     fit.add_argument("--out", type=Path, required=True, help="folder to write")
     fit.add_argument("--steps", type=int, help="optimiser steps (default: the model's own, 2500 or 8000)")
-    fit.add_argument(
-        "--batch-size", type=int, default=64, help="windows of 512 tokens a step (default: %(default)s)"
-    )
+    fit.add_argument("--batch-size", type=int, default=64, help="windows of 512 tokens a step (default: %(default)s)")
     fit.add_argument("--learning-rate", type=float, default=3e-3, help="peak (default: %(default)s)")
     fit.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     fit.add_argument("--device", default="cuda", help="cuda or cpu (default: %(default)s)")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from flexq_core.sources.demo import DEMO_MODELS, demo_path
 
 HUB_MODELS = {
@@ -109,9 +110,7 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype | None = No
         model=model.to(device).eval(),
         tokenizer=tokenizer,
         fingerprint=_fingerprint(place, config),
-        context_length=DEMO_MODELS[name].context_length
-        if name in DEMO_MODELS
-        else config.max_position_embeddings,
+        context_length=DEMO_MODELS[name].context_length if name in DEMO_MODELS else config.max_position_embeddings,
     )
 
 
@@ -140,9 +139,7 @@ def _explain(name: str, place: str, error: Exception) -> str:
             "again; or give a local snapshot's folder as the model (env/README.md)"
         )
     elif "RepositoryNotFoundError" in kinds or "is not a valid model identifier" in text:
-        step = (
-            "the hub has no such repository, or it is private: check the id, or log in with `hf auth login`"
-        )
+        step = "the hub has no such repository, or it is private: check the id, or log in with `hf auth login`"
     elif Path(place).is_dir():
         step = f"the folder is not a complete causal language model with safetensors weights ({error})"
     elif kinds & {

@@ -35,9 +35,7 @@ def inject_outliers(model: nn.Module, strength: float, *, seed: int = 0) -> nn.M
     for pair in norm_pairs(model) + mlp_pairs(model):
         width = model.get_submodule(pair.producer).weight.shape[0]
         factors = torch.ones(width)
-        factors[torch.randperm(width, generator=generator)[: max(1, round(width * CHANNELS_SHARE))]] = (
-            strength
-        )
+        factors[torch.randperm(width, generator=generator)[: max(1, round(width * CHANNELS_SHARE))]] = strength
         rescale_in_place(rescaled, pair, factors)
     require_same_function(model, rescaled)
     return rescaled

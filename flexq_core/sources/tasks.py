@@ -116,10 +116,7 @@ def evaluate_tasks(
                 f"cannot load the tasks {', '.join(names)}: {error}. Connect once so that they are cached, or use "
                 f"tasks={CONTINUATION}, which needs no network"
             ) from error
-    return {
-        name: (results["results"][name]["acc,none"], results["n-samples"][name]["effective"])
-        for name in names
-    }
+    return {name: (results["results"][name]["acc,none"], results["n-samples"][name]["effective"]) for name in names}
 
 
 def _write_continuation(folder: Path, seed: int) -> None:

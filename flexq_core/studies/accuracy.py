@@ -14,8 +14,10 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +30,7 @@ from flexq_core.sources import tasks as zero_shot
 from flexq_core.sources.models import LoadedModel, load_model, locate_model
 from flexq_core.sources.outliers import inject_outliers
 from flexq_core.studies import baselines
+from flexq_core.workbook import figures
 from flexq_core.workbook.records import Measurement
 
 if TYPE_CHECKING:
@@ -38,12 +41,8 @@ CALIBRATION_WINDOWS = 16
 
 _BASELINES: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "rtn-w6a6": lambda model, _: baselines.round_to_nearest(model, weight_bits=6, activation_bits=6),
-    "smoothquant-w8a8": lambda model, text: baselines.smooth_quant(
-        model, text, weight_bits=8, activation_bits=8
-    ),
-    "smoothquant-w6a6": lambda model, text: baselines.smooth_quant(
-        model, text, weight_bits=6, activation_bits=6
-    ),
+    "smoothquant-w8a8": lambda model, text: baselines.smooth_quant(model, text, weight_bits=8, activation_bits=8),
+    "smoothquant-w6a6": lambda model, text: baselines.smooth_quant(model, text, weight_bits=6, activation_bits=6),
 }
 METHODS = (UNQUANTISED, *_BASELINES, *RULES)
 """`fp16` is the model as it is, in float32 on a CPU. `w6a6`, `w6a8` and `flexq` are plans with groups of 128."""
@@ -73,9 +72,7 @@ class Perplexity:
 
 
 @torch.no_grad()
-def perplexity(
-    model: nn.Module, rows: Tensor, *, batch_size: int = 8, progress: Callable = iter
-) -> Perplexity:
+def perplexity(model: nn.Module, rows: Tensor, *, batch_size: int = 8, progress: Callable = iter) -> Perplexity:
     """Score windows of a text: every token but a window's first, given those before it in its window.
 
     model: a causal language model.  rows: [W, T] int64, T ≥ 2.  progress: wraps the iteration over batches.
@@ -111,7 +108,7 @@ class AccuracyStudy:
         dataset: str = "auto",
         windows: int = 0,
         window_length: int = 0,
-        tasks: str = "",
+        tasks: str = zero_shot.CONTINUATION,
         task_limit: int = 0,
         outliers: float = 0.0,
         batch_size: int = 8,
@@ -121,9 +118,7 @@ class AccuracyStudy:
         self.run = run
         self.methods = _names(methods, METHODS, "method") + ([plan] if plan else [])
         self.backends = list(
-            dict.fromkeys(
-                ops.resolve_backend(b, run.device) for b in _names(backends, ops.BACKENDS, "backend")
-            )
+            dict.fromkeys(ops.resolve_backend(b, run.device) for b in _names(backends, ops.BACKENDS, "backend"))
         )
         self.tasks = _names(tasks, None, "task")
         zero_shot.require_tasks(self.tasks)
@@ -144,18 +139,14 @@ class AccuracyStudy:
         self.text = data.evaluation_text(self.dataset)
         ids = data.token_ids(self.loaded.tokenizer, self.text)
         self.characters_per_token = len(self.text.text) / len(ids)
-        self.rows = data.windows(ids, self.window_length, windows)
+        self.rows = data.windows(ids, self.window_length, windows or data.DEFAULT_WINDOWS.get(self.dataset, 0))
         if self.custom_plan:
             resolve_plan(self.custom_plan, self.loaded.model)
 
     @cached_property
     def model(self) -> nn.Module:
         """The model as it is scored: with the outliers that were asked for."""
-        return (
-            inject_outliers(self.loaded.model, self.outliers, seed=self.seed)
-            if self.outliers
-            else self.loaded.model
-        )
+        return inject_outliers(self.loaded.model, self.outliers, seed=self.seed) if self.outliers else self.loaded.model
 
     @cached_property
     def calibration(self) -> Tensor:
@@ -211,9 +202,7 @@ class AccuracyStudy:
     def label(self, method: str) -> str:
         """The method's name in records: the dtype for the unquantised model, the plan's name for a plan file."""
         if method == UNQUANTISED:
-            return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[
-                self.loaded.model.dtype
-            ]
+            return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.loaded.model.dtype]
         return f"plan:{self.custom_plan.name}" if method not in METHODS else method
 
     def table(self) -> pd.DataFrame:
@@ -267,9 +256,7 @@ class AccuracyStudy:
             "tokens_scored": Measurement(score.tokens, "token"),
             "seconds": Measurement(seconds, "s"),
         }
-        if not any(
-            isinstance(module, baselines.RowwiseLinear) for module in model.modules()
-        ):  # holds no codes
+        if not any(isinstance(module, baselines.RowwiseLinear) for module in model.modules()):  # holds no codes
             size = linear_weight_bytes(model)
             metrics["linear_weight_mib"] = Measurement(size / 2**20, "MiB")
             metrics["bits_per_weight"] = Measurement(8 * size / self._weights, "bit")
@@ -287,6 +274,72 @@ class AccuracyStudy:
     @cached_property
     def _weights(self) -> int:
         return sum(layer.weight.numel() for layer in linear_layers(self.loaded.model).values())
+
+
+def plot_change(table: pd.DataFrame, model: str) -> Figure:
+    """What each method costs: change of perplexity against the unquantised model, one bar a method and backend."""
+    shown = table[table["backend"] != "torch"].iloc[::-1]
+    figure, axis = plt.subplots(figsize=(figures.HALF_PAGE[0], 0.7 + 0.27 * len(shown)))
+    labels = [f"{TITLES.get(m, m)} · {b}" for m, b in zip(shown["method"], shown["backend"], strict=True)]
+    bars = axis.barh(labels, shown["change_percent"], color=[figures.method_colour(m) for m in shown["method"]])
+    axis.bar_label(bars, fmt="%+.2f%%", padding=3, fontsize=8)
+    largest = max(shown["change_percent"].max(), 0.01)
+    axis.set(xlabel=f"change of perplexity, {model} (%)", xlim=(min(0, shown["change_percent"].min()), 1.25 * largest))
+    axis.grid(False, axis="y")
+    return figure
+
+
+def plot_size(table: pd.DataFrame, model: str) -> Figure:
+    """Perplexity against the bits that a weight takes in memory, scales included."""
+    shown = table.dropna(subset=["bits_per_weight"]).drop_duplicates("method", keep="last")
+    figure, axis = plt.subplots()
+    for row in shown.itertuples():
+        colour = figures.method_colour(row.method)
+        axis.plot(row.bits_per_weight, row.perplexity, "o", color=colour, label=TITLES.get(row.method, row.method))
+    axis.set(xlabel="bits a weight, scales included", ylabel=f"perplexity, {model}", xscale="log")
+    axis.set_xticks([6, 8, 16, 32], ["6", "8", "16", "32"])
+    axis.minorticks_off()
+    axis.legend()
+    return figure
+
+
+ORDER = ("rtn-w6a6", "w6a6", "flexq", "w6a8")
+"""Methods from most to least costly, as the paper finds them."""
+BOUNDS_PERCENT = {"flexq": 1.5, "w6a8": 0.5}
+"""What a method may cost in perplexity, in percent, on a model without injected outliers."""
+AGREEMENT_PERCENT = 0.1
+"""How far two backends' perplexities may lie apart, in percent."""
+
+
+def claims(table: pd.DataFrame, *, outliers: float) -> list[tuple[str, bool, str]]:
+    """What this study claims, as (claim, whether the table bears it out, the numbers); only for methods measured."""
+    found = []
+    best = table.drop_duplicates("method", keep="last").set_index("method")
+    if "change_percent" in best:
+        change = best["change_percent"]
+        for method, bound in BOUNDS_PERCENT.items() if not outliers else ():
+            if method in change:
+                text = f"{TITLES[method]} costs at most {bound}% of perplexity"
+                found.append((text, change[method] <= bound, f"{change[method]:+.2f}%"))
+    ordered = [method for method in ORDER if method in best.index]
+    if len(ordered) > 1:
+        values = [best["perplexity"][method] for method in ordered]
+        holds = all(a > b for a, b in zip(values, values[1:], strict=False))
+        found.append(
+            (f"perplexity falls in the order {' > '.join(ordered)}", holds, " > ".join(f"{v:.3f}" for v in values))
+        )
+    for method, group in table.groupby("method", sort=False):
+        if len(group) > 1:
+            apart = 100 * (group["perplexity"].max() / group["perplexity"].min() - 1)
+            text = f"{method}: {' and '.join(group['backend'])} agree to {AGREEMENT_PERCENT}%"
+            found.append((text, apart <= AGREEMENT_PERCENT, f"{apart:.4f}%"))
+    accuracy = f"accuracy/{zero_shot.CONTINUATION}"
+    if accuracy in table and not outliers:
+        scores = table.dropna(subset=[accuracy]).set_index("method")[accuracy]
+        holds = bool((scores > 2 / zero_shot.CHOICES).all())
+        detail = f"{scores.min():.1%} to {scores.max():.1%}, chance {1 / zero_shot.CHOICES:.0%}"
+        found.append(("every method picks the right continuation more than twice as often as chance", holds, detail))
+    return found
 
 
 def _names(text: str, accepted: tuple[str, ...] | None, what: str) -> list[str]:

@@ -59,9 +59,7 @@ def smooth_quant(
     absmax = _input_absmax(model, [pair.consumers[0] for pair in pairs], calibration)
     for pair in pairs:
         activations = absmax[pair.consumers[0]].clamp(min=1e-5)
-        weights = torch.stack(
-            [model.get_submodule(name).weight.abs().amax(0).float() for name in pair.consumers]
-        )
+        weights = torch.stack([model.get_submodule(name).weight.abs().amax(0).float() for name in pair.consumers])
         weights = weights.amax(0).clamp(min=1e-5)
         factors = (activations**smoothing / weights ** (1 - smoothing)).clamp(min=1e-5)
         rescale_in_place(smoothed, pair, 1 / factors)

@@ -12,10 +12,14 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import nn
 
-from flexq_core.quant import GROUP_SIZE, PrecisionPlan, dequantize, pack_codes, quantize_weight
+from flexq_core.quant import GROUP_SIZE, PrecisionPlan, dequantize, pack_codes, quantize_weight, unpack_codes
 from flexq_core.quant.layers import linear_layers
-from flexq_core.runtime.convert import linear_weight_bytes
+from flexq_core.runtime import ops
+from flexq_core.runtime.convert import linear_weight_bytes, quantize_model
+from flexq_core.sources.models import LoadedModel
 from flexq_core.workbook import figures
+from flexq_core.workbook.records import Measurement
+from flexq_core.workbook.run import Run
 
 
 def sizes(model: nn.Module, quantised: nn.Module) -> pd.DataFrame:
@@ -54,9 +58,7 @@ def continue_text(model: Any, tokenizer: Any, prompt: str, *, new_tokens: int, s
 @torch.no_grad()
 def logits_difference(first: Any, second: Any, ids: torch.Tensor) -> float:
     """Relative difference of two models' logits on token ids [B, T]: ‖a - b‖ / ‖b‖."""
-    a, b = (
-        model(input_ids=ids.to(model.device), use_cache=False).logits.double() for model in (first, second)
-    )
+    a, b = (model(input_ids=ids.to(model.device), use_cache=False).logits.double() for model in (first, second))
     return ((a - b).norm() / b.norm()).item()
 
 
@@ -112,9 +114,7 @@ def plot_plan(plan: PrecisionPlan) -> Figure:
         block, kind = _split(layer)
         grid[kinds.index(kind), blocks.index(block)] = bits.activation_bits
     figure, axis = plt.subplots(figsize=(figures.HALF_PAGE[0], 0.6 + 0.27 * len(kinds)))
-    axis.imshow(
-        grid == 8, cmap=ListedColormap([figures.LIGHT, figures.ACCENT]), aspect="auto", vmin=0, vmax=1
-    )
+    axis.imshow(grid == 8, cmap=ListedColormap([figures.LIGHT, figures.ACCENT]), aspect="auto", vmin=0, vmax=1)
     if len(blocks) <= 16:
         for (row, column), bits in np.ndenumerate(grid):
             axis.text(column, row, f"A{bits:.0f}", ha="center", va="center", fontsize=8)
@@ -130,9 +130,7 @@ def plot_sizes(table: pd.DataFrame) -> Figure:
     figure, axis = plt.subplots(figsize=(figures.HALF_PAGE[0], 1.9))
     colours = [figures.MAIN if form == "FlexQ" else figures.NEUTRAL for form in table["form"]]
     bars = axis.barh(table["form"], table["size_mib"], color=colours)
-    labels = [
-        f"{size:.1f} MiB, {bits:.3g} bits" for size, bits in zip(table["size_mib"], table["bits_per_weight"])
-    ]
+    labels = [f"{size:.1f} MiB, {bits:.3g} bits" for size, bits in zip(table["size_mib"], table["bits_per_weight"])]
     axis.bar_label(bars, labels, padding=3)
     axis.set(xlabel="linear weights (MiB)", xlim=(0, table["size_mib"].max() * 1.45))
     axis.invert_yaxis()
@@ -145,3 +143,42 @@ def _split(layer: str) -> tuple[str, str]:
     parts = layer.split(".")
     number = next(i for i in reversed(range(len(parts))) if parts[i].isdigit())
     return parts[number], parts[-1]
+
+
+def check(run: Run, original: LoadedModel, quantised: nn.Module, plan: PrecisionPlan, prompt: str) -> dict[str, float]:
+    """Measure, as records, what the notebook claims: metric → value.
+
+    bits_per_weight; codes_lost by packing; backend_difference between this machine's fastest backend and `reference`;
+    logits_difference between the quantised and the original model. Differences are relative, on the prompt's logits.
+    """
+    ids = original.tokenizer(prompt, return_tensors="pt").input_ids
+
+    def measured() -> dict[str, Measurement]:
+        table = sizes(original.model, quantised).set_index("form")
+        reference = quantize_model(original.model, plan, backend="reference")
+        return {
+            "bits_per_weight": Measurement(table.loc["FlexQ", "bits_per_weight"], "bit"),
+            "linear_weight_mib": Measurement(table.loc["FlexQ", "size_mib"], "MiB"),
+            "codes_lost": Measurement(_codes_lost(original.model, quantised), "1"),
+            "backend_difference": Measurement(logits_difference(quantised, reference, ids), "1"),
+            "logits_difference": Measurement(logits_difference(quantised, original.model, ids), "1"),
+        }
+
+    inputs = {"fingerprint": original.fingerprint, "plan": plan.to_json(), "prompt": prompt, "backend": _backend(run)}
+    records = run.records.once(model=original.name, method=plan.name, parameters=inputs, seed=0, compute=measured)
+    return {metric: record.value for metric, record in records.items()}
+
+
+def _backend(run: Run) -> str:
+    return ops.resolve_backend("auto", run.device)
+
+
+def _codes_lost(model: nn.Module, quantised: nn.Module) -> int:
+    """Codes that differ after packing and unpacking, over all layers."""
+    lost = 0
+    for name, linear in linear_layers(model).items():
+        layer = quantised.get_submodule(name)
+        bits = layer.precision.weight_bits
+        codes = quantize_weight(linear.weight.detach(), bits=bits, group_size=layer.group_size).codes
+        lost += int((unpack_codes(layer.weight, bits) != codes).sum())
+    return lost

@@ -49,9 +49,7 @@ def test_a_plan_can_be_copied_and_sent_but_not_changed():
 def test_fit_is_exact():
     plan = PrecisionPlan.from_rule("w6a6", LLAMA)
     plan.require_fit(LLAMA)
-    with pytest.raises(
-        PlanError, match="names 1 layers that the model lacks, first 'model.layers.0.mlp.down_proj'"
-    ):
+    with pytest.raises(PlanError, match="names 1 layers that the model lacks, first 'model.layers.0.mlp.down_proj'"):
         plan.require_fit(LLAMA[:2])
     with pytest.raises(PlanError, match="leaves out 2 of its 5 layers, first 'model.decoder.layers.0.fc1'"):
         plan.require_fit(LLAMA + OPT)

@@ -48,8 +48,7 @@ def test_size_is_what_the_format_says():
     assert linear_weight_bytes(model) == 4 * weights
     quantised = quantize_model(model, "w6a6")
     expected = sum(
-        layer.out_features * (-(-layer.in_features // 128) * (96 + 2) + 1)
-        for layer in linear_layers(model).values()
+        layer.out_features * (-(-layer.in_features // 128) * (96 + 2) + 1) for layer in linear_layers(model).values()
     )
     assert linear_weight_bytes(quantised) == expected
 

@@ -45,9 +45,7 @@ def test_casting_keeps_codes_and_scales_and_follows_the_input(dtype):
     layer = FlexQLinear.from_linear(nn.Linear(256, 16))
     before = {name: p.clone() for name, p in layer.named_parameters()}
     layer.to(dtype)
-    assert torch.equal(layer.weight, before["weight"]) and torch.equal(
-        layer.weight_scale, before["weight_scale"]
-    )
+    assert torch.equal(layer.weight, before["weight"]) and torch.equal(layer.weight_scale, before["weight_scale"])
     assert layer.weight_scale.dtype == torch.float16 and layer.bias.dtype == dtype
     y = layer(torch.randn(2, 256).to(dtype))
     assert y.dtype == dtype and torch.isfinite(y).all()

@@ -174,9 +174,7 @@ def test_without_a_compiler_auto_falls_back_and_says_so(monkeypatch):
     monkeypatch.setattr(ops, "_warned", set())
     with pytest.warns(RuntimeWarning, match="not used: no C\\+\\+ compiler was found"):
         assert ops.resolve_backend("auto", "cpu") == "reference"
-    with pytest.raises(
-        ValueError, match="'cpu' cannot run here: no C\\+\\+ compiler was found; use 'reference'"
-    ):
+    with pytest.raises(ValueError, match="'cpu' cannot run here: no C\\+\\+ compiler was found; use 'reference'"):
         ops.resolve_backend("cpu", "cpu")
 
 

@@ -1,0 +1,78 @@
+"""The workbook's command line: run notebooks headless and build the report."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from typing import Any
+
+from flexq_core.workbook import paths
+from flexq_core.workbook.execute import DEMO, NotebookError, execute, execute_all
+from flexq_core.workbook.records import RecordError, load_records, write_atomically
+from flexq_core.workbook.report import accuracy_table, build_report, readable, readme_with_results
+from flexq_core.workbook.run import ParameterError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse and carry out one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except (ParameterError, NotebookError, RecordError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m flexq_core.workbook", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    demo = commands.add_parser("demo", help="run the notebooks on the demo models and build the report")
+    demo.set_defaults(command=_demo)
+    run = commands.add_parser("run", help="run one notebook")
+    run.add_argument("notebook", choices=sorted(path.stem for path in paths.NOTEBOOKS.glob("*.ipynb")))
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    run.set_defaults(command=_run)
+    commands.add_parser("report", help="build outputs/report.html from what has run").set_defaults(command=_report)
+    readme = commands.add_parser("readme", help="make the README's results table anew from outputs/reference/")
+    readme.set_defaults(command=_readme)
+    return parser
+
+
+def _demo(_: argparse.Namespace) -> int:
+    print("Notebooks on the demo models; what is on record is not computed again.")
+    well = execute_all(list(DEMO))
+    _report(_)
+    print("\n" + readable(accuracy_table(load_records())).to_string(index=False))
+    return 0 if well else 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    copy = execute(options.notebook, {name: _value(value) for name, value in options.p})
+    print(copy)
+    return 0
+
+
+def _report(_: argparse.Namespace) -> int:
+    page = build_report()
+    print(f"\nreport     {page}\nnotebooks  {page.parent / 'notebooks'}\nrecords    {page.parent / 'records'}")
+    return 0
+
+
+def _readme(_: argparse.Namespace) -> int:
+    readme = paths.ROOT / "README.md"
+    write_atomically(readme, readme_with_results(readme.read_text(), load_records(paths.REFERENCE)))
+    return 0
+
+
+def _value(text: str) -> Any:
+    """A parameter's value as papermill's own -p reads it: a literal where it is one, else text."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(text.lower(), text)
+    return value if isinstance(value, int | float | bool) else text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Running notebooks headless: papermill with this very Python, one line of progress a notebook."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flexq_core.workbook import paths
+from flexq_core.workbook.run import check_parameters
+
+KERNEL = "flexq"
+DEMO = (
+    ("00_quickstart", {"model": "demo-llama"}),
+    ("02_accuracy", {"model": "demo-llama"}),
+    ("02_accuracy", {"model": "demo-opt"}),
+)
+"""What `make demo` runs, in order."""
+
+
+class NotebookError(RuntimeError):
+    """A notebook that failed; the message is its last error and where the partial copy lies."""
+
+
+def execute(study: str, parameters: Mapping[str, Any]) -> Path:
+    """Run one notebook with these parameters; returns the executed copy under outputs/notebooks/.
+
+    Raises ParameterError before anything runs, NotebookError for a notebook that fails (its copy is kept up to there).
+    """
+    notebook = paths.NOTEBOOKS / f"{study}.ipynb"
+    check_parameters(study, parameters)
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    label = str(parameters.get("model", "")).strip("/").replace("/", "--")
+    copy = paths.outputs() / "notebooks" / (f"{study}-{label}.ipynb" if label else f"{study}.ipynb")
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with _this_python_as_kernel():
+        try:
+            papermill.execute_notebook(
+                str(notebook), str(copy), dict(parameters), kernel_name=KERNEL, cwd=paths.NOTEBOOKS, progress_bar=False
+            )
+        except PapermillExecutionError as error:
+            raise NotebookError(f"{study} failed: {error.ename}: {error.evalue}\npartial copy: {copy}") from None
+    return copy
+
+
+def execute_all(plan: list[tuple[str, Mapping[str, Any]]]) -> bool:
+    """Run notebooks one after another, say how each went, and return whether all of them did well."""
+    well = True
+    for study, parameters in plan:
+        title = " ".join([study, *(f"{name}={value}" for name, value in parameters.items())])
+        print(f"  {title:<40} ", end="", flush=True)
+        start = time.perf_counter()
+        try:
+            execute(study, parameters)
+            print(f"done in {time.perf_counter() - start:.0f} s", flush=True)
+        except NotebookError as error:
+            well = False
+            print(f"FAILED after {time.perf_counter() - start:.0f} s\n{error}", flush=True)
+    return well
+
+
+@contextmanager
+def _this_python_as_kernel():
+    """A kernel specification for the running interpreter, for this process only: the user's own are left alone."""
+    with tempfile.TemporaryDirectory(prefix="flexq-kernel-") as folder:
+        spec = Path(folder) / "kernels" / KERNEL
+        spec.mkdir(parents=True)
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "FlexQ", "language": "python"}))
+        before = {name: os.environ.get(name) for name in ("JUPYTER_PATH", "PYTHONPATH")}
+        for name, entry in (("JUPYTER_PATH", folder), ("PYTHONPATH", str(paths.ROOT))):
+            os.environ[name] = os.pathsep.join(filter(None, (entry, before[name])))
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value

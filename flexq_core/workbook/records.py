@@ -1,0 +1,231 @@
+"""Records: every figure the workbook shows, as JSON Lines, computed once for the same inputs.
+
+A record is {study, model, method, metric, value, unit, parameters, seed, status, reason, key, git_commit, dirty,
+versions, device, driver, time}. Its key is the digest of what decides its value: study, model, method, parameters, seed, and
+the source of everything that computes. A change of the arithmetic, of the study or of a parameter computes anew.
+
+The file is replaced as a whole (temporary file, fsync, rename) under a lock, so that a run killed at any moment leaves
+either the old records or the new ones.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from flexq_core.workbook import paths
+from flexq_core.workbook.machine import provenance
+
+
+class Measurement(NamedTuple):
+    """A value and its unit; `1` for plain numbers."""
+
+    value: float
+    unit: str
+
+
+class Skipped(Exception):  # noqa: N818 - a state of a study, not an error
+    """Raised by a computation that this machine cannot do; the message says what it lacks."""
+
+
+class RecordError(RuntimeError):
+    """Records that cannot be written or read; the message says what to do next."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One figure with everything that tells where it came from. value is None where status is `skipped`."""
+
+    study: str
+    model: str
+    method: str
+    metric: str
+    value: float | None
+    unit: str
+    parameters: dict[str, Any]
+    seed: int
+    status: str
+    reason: str
+    key: str
+    git_commit: str | None
+    dirty: bool | None
+    versions: dict[str, str]
+    device: str
+    driver: str | None
+    time: str
+
+
+@dataclass
+class Records:
+    """The records of one study in one folder.
+
+    study: the notebook's name.  folder: the outputs folder.  device: `cpu` or `cuda`.
+    """
+
+    study: str
+    folder: Path
+    device: str = "cpu"
+    _seen: set[str] = field(default_factory=set, repr=False)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "records" / f"{self.study}.jsonl"
+
+    def once(
+        self,
+        *,
+        model: str,
+        method: str,
+        parameters: Mapping[str, Any],
+        seed: int,
+        compute: Callable[[], Mapping[str, Measurement]],
+    ) -> dict[str, Record]:
+        """The records of one computation, metric → record: those on file for the same inputs, else computed and written.
+
+        A computation that raises `Skipped` is recorded as skipped, under the metric `skipped`, and tried again next time.
+        Raises RecordError for a value that is not a finite number, or a folder that cannot be written.
+        """
+        facts = self._facts(model, method, parameters, seed)
+        key = facts["key"]
+        found = [record for record in read_jsonl(self.path) if record.key == key and record.status == "ok"]
+        if found:
+            return {record.metric: record for record in found}
+        try:
+            measured = compute()
+        except Skipped as skipped:
+            fresh = [Record(**facts, metric="skipped", value=None, unit="", status="skipped", reason=str(skipped))]
+            self._write(key, fresh)
+            return {record.metric: record for record in fresh}
+        return self._measured(facts, measured)
+
+    def replace(
+        self,
+        *,
+        model: str,
+        method: str,
+        parameters: Mapping[str, Any],
+        seed: int,
+        measured: Mapping[str, Measurement],
+    ) -> dict[str, Record]:
+        """Write measurements in place of those on file for the same inputs (a run's claims, told anew each time)."""
+        return self._measured(self._facts(model, method, parameters, seed), measured)
+
+    def current(self) -> list[Record]:
+        """The records that this run computed or found, in the order of the file."""
+        return [record for record in read_jsonl(self.path) if record.key in self._seen]
+
+    def _facts(self, model: str, method: str, parameters: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        inputs = {"study": self.study, "model": model, "method": method, "parameters": dict(parameters), "seed": seed}
+        try:
+            canonical = json.dumps(inputs | {"source": source_digest(self.study)}, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise RecordError(f"parameters must be plain finite JSON values: {error}") from error
+        key = hashlib.sha256(canonical.encode()).hexdigest()
+        self._seen.add(key)
+        return {**inputs, "key": key, **provenance(self.device)}
+
+    def _measured(self, facts: dict[str, Any], measured: Mapping[str, Measurement]) -> dict[str, Record]:
+        fresh = [
+            Record(**facts, metric=metric, value=_finite(metric, value), unit=unit, status="ok", reason="")
+            for metric, (value, unit) in measured.items()
+        ]
+        self._write(facts["key"], fresh)
+        return {record.metric: record for record in fresh}
+
+    def _write(self, key: str, fresh: list[Record]) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self.path.with_suffix(".lock")):
+                kept = [record for record in read_jsonl(self.path) if record.key != key]
+                lines = "".join(json.dumps(asdict(record), sort_keys=True) + "\n" for record in kept + fresh)
+                write_atomically(self.path, lines)
+        except OSError as error:
+            raise RecordError(
+                f"cannot write {self.path}: {error.strerror or error}. Records written before are intact; free space or "
+                "set FLEXQ_OUTPUTS to a folder that can be written, and run again: finished work is not repeated"
+            ) from error
+
+
+def read_jsonl(path: Path) -> list[Record]:
+    """Records of one file, none if it is absent; RecordError names the first line that is not a record."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(Record(**json.loads(line)))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise RecordError(
+                f"{path}, line {number} is not a record ({error}); move the file away to start anew"
+            ) from None
+    return records
+
+
+def load_records(folder: Path | None = None) -> pd.DataFrame:
+    """All records of an outputs folder, one row each; empty where there are none."""
+    folder = folder or paths.outputs()
+    rows = [asdict(record) for path in sorted((folder / "records").glob("*.jsonl")) for record in read_jsonl(path)]
+    return pd.DataFrame(rows, columns=list(Record.__dataclass_fields__))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def source_digest(study: str) -> str:
+    """Digest of the code that decides a study's numbers: the arithmetic, the sources and the study itself.
+
+    The demo models' weights are left out: a model's fingerprint is among a study's parameters.
+    """
+    core = paths.ROOT / "flexq_core"
+    stem = study.split("_", 1)[-1]
+    files = [
+        *(core / "quant").glob("*.py"),
+        *(core / "runtime").glob("*.py"),
+        *(core / "sources").glob("*.py"),
+        *(path for path in (paths.KERNELS).rglob("*") if path.is_file()),
+        *(path for path in (core / "studies" / f"{stem}.py", core / "studies" / "baselines.py") if path.is_file()),
+    ]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(str(file.relative_to(paths.ROOT)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _finite(metric: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise RecordError(f"{metric} came out as {value}: not a figure that can be recorded")
+    return value
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an advisory lock; the kernel releases it when a process dies, so that a killed run leaves none behind."""
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
