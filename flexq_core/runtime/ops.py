@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from flexq_core.quant.packing import packed_bytes, unpack_codes
 from flexq_core.quant.quantize import Quantized, dequantize, fake_quantize, quantize_groups
-from flexq_core.quant.spec import ACTIVATION_BITS, WEIGHT_BITS, group_count, require_bits
-from flexq_core.runtime import build
+from flexq_core.quant.spec import ACTIVATION_BITS, GROUP_SIZE, WEIGHT_BITS, group_count, require_bits
+from flexq_core.runtime import build, cpu
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,7 +50,7 @@ def w6ax_linear(
     non-finite x.
     """
     _require_fit(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size)
-    run = _BACKENDS[resolve_backend(backend, x.device, weight_bits)]
+    run = _BACKENDS[resolve_backend(backend, x.device, weight_bits, group_size)]
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -65,31 +65,30 @@ def _(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bi
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def resolve_backend(backend: str, device: torch.device | str, weight_bits: int = 6) -> str:
-    """The backend that `backend` means on this device: itself, or what `auto` chooses.
+def resolve_backend(
+    backend: str, device: torch.device | str, weight_bits: int = 6, group_size: int = GROUP_SIZE
+) -> str:
+    """The backend that `backend` means for such a layer on this device: itself, or what `auto` chooses.
 
+    `auto` compiles the kernel where it can, and says once why where it cannot.
     Raises ValueError for an unknown backend, or one that cannot run there (says why, and which remain).
     """
-    if backend == "auto":
-        return "cpu" if _cpu_obstacle(torch.device(device), weight_bits) is None else "reference"
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend is {backend!r}; accepted: auto, {', '.join(_BACKENDS)}")
-    if backend == "cpu" and (obstacle := _cpu_obstacle(torch.device(device), weight_bits)):
+    if backend in ("reference", "simulate"):
+        return backend
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; accepted: {', '.join(BACKENDS)}")
+    obstacle = cpu.obstacle(torch.device(device), weight_bits, group_size)
+    if obstacle is None:
+        try:
+            build.cpu_kernel()
+            return "cpu"
+        except build.BuildError as error:
+            obstacle = str(error)
+    if backend == "cpu":
         raise ValueError(f"backend 'cpu' cannot run here: {obstacle}; use 'reference' or 'auto'")
-    return backend
-
-
-def _cpu_obstacle(device: torch.device, weight_bits: int) -> str | None:
-    """Why the compiled CPU kernel cannot run, or None."""
-    if device.type != "cpu":
-        return f"the tensors are on {device.type}"
-    if weight_bits != 6:
-        return f"the kernel reads 6-bit weights, not {weight_bits}-bit ones"
-    available, reason = build.cpu_kernel_available()
-    if not available:
-        _warn_once(f"the compiled CPU kernel is not used: {reason}")
-        return reason
-    return None
+    if torch.device(device).type == "cpu" and weight_bits == 6:
+        _warn_once(f"the compiled CPU kernel is not used: {obstacle}")
+    return "reference"
 
 
 def _run_reference(x, packed, bias, weight_bits, activation_bits, group_size) -> Tensor:
@@ -115,11 +114,7 @@ def _run_simulate(x, packed, bias, weight_bits, activation_bits, group_size) -> 
 
 
 def _run_cpu(x, packed, bias, weight_bits, activation_bits, group_size) -> Tensor:
-    weight, weight_scale, weight_exponent = (tensor.contiguous() for tensor in packed)
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
-    return build.cpu_kernel().w6ax_linear(
-        x.contiguous(), weight, weight_scale, weight_exponent, bias, activation_bits, group_size
-    )
+    return cpu.w6ax_linear(x, *packed, bias, activation_bits)
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {

@@ -1,0 +1,159 @@
+"""Compiling the kernels on first use, and finding them again (torch.utils.cpp_extension).
+
+A build lives under TORCH_EXTENSIONS_DIR, or torch's default cache, in a folder named after the digest of everything that
+decides it: all files of the kernel's folder, flags, compiler, torch and Python. What is edited is built anew beside the
+old. A lock that the operating system releases when its holder dies guards each build, and whatever a killed build left is
+cleared, so that starting again always works.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+CPU_FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=off")
+WAIT_SECONDS = 600
+
+
+class BuildError(RuntimeError):
+    """A kernel that cannot be built here; the message says why and what to do."""
+
+
+def cpu_kernel_available() -> tuple[bool, str]:
+    """Whether the CPU kernel is built or can be built, and why not. Compiles nothing."""
+    if _failed:
+        return False, _failed[0]
+    try:
+        _requirements()
+    except BuildError as error:
+        return False, str(error)
+    return True, ""
+
+
+@functools.cache
+def cpu_kernel() -> ModuleType:
+    """The CPU kernel's module, compiled if it is not in the cache.
+
+    Raises BuildError, whose message says what is missing and what to do, and remembers it: it is not tried again.
+    """
+    try:
+        return _load("flexq_cpu", KERNELS / "cpu", ["w6ax_linear.cpp"], CPU_FLAGS)
+    except BuildError as error:
+        _failed.append(str(error))
+        raise
+
+
+_failed: list[str] = []
+
+
+def _load(name: str, folder: Path, sources: list[str], flags: tuple[str, ...]) -> ModuleType:
+    compiler = _requirements()
+    module = f"{name}_{_digest(folder, flags, compiler)}"
+    place = _cache() / module
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with _lock(place.with_suffix(".lock")):
+            (place / "lock").unlink(missing_ok=True)  # torch waits for ever on the one a killed build left
+            return _compile(module, [str(folder / source) for source in sources], list(flags), place)
+    except OSError as error:
+        raise BuildError(
+            f"the kernel's cache {place} cannot be written ({error.strerror or error}); set TORCH_EXTENSIONS_DIR to a "
+            "folder that can"
+        ) from error
+
+
+def _compile(module: str, sources: list[str], flags: list[str], place: Path) -> ModuleType:
+    from torch.utils import cpp_extension
+
+    library = place / f"{module}.so"
+    if not library.is_file():
+        print(f"compiling the kernel once (about 15 s), cached in {place}", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    before = os.environ.get("PATH", "")
+    # ninja is installed beside this Python, which need not be on the PATH.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
+    try:
+        loaded = cpp_extension.load(
+            name=module, sources=sources, extra_cflags=flags, extra_ldflags=["-fopenmp"], build_directory=str(place)
+        )
+    except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
+        # A library that a full disk or a kill cut short is not a library: clear it, so that the next try starts clean.
+        shutil.rmtree(place, ignore_errors=True)
+        reason = str(error).strip().splitlines()
+        detail = next((line for line in reason if "error" in line.lower()), reason[0] if reason else "")
+        raise BuildError(f"compiling the kernel failed: {detail}; run again for a fresh try") from error
+    finally:
+        os.environ["PATH"] = before
+    seconds = time.perf_counter() - start
+    if seconds > 5:
+        print(f"compiled in {seconds:.0f} s", file=sys.stderr, flush=True)
+    return loaded
+
+
+def _requirements() -> str:
+    """The compiler's path; BuildError names the first thing that is missing."""
+    from torch.utils import cpp_extension
+
+    compiler = shutil.which(cpp_extension.get_cxx_compiler())
+    if compiler is None:
+        raise BuildError(
+            f"no C++ compiler was found (looked for {cpp_extension.get_cxx_compiler()!r}); install g++, or set CXX"
+        )
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        raise BuildError("Python's headers (Python.h) were not found; install python3-dev")
+    beside = Path(sys.executable).parent / "ninja"
+    if not beside.is_file() and shutil.which("ninja") is None:
+        raise BuildError("ninja was not found; install it with `pip install ninja`")
+    if not (KERNELS / "cpu").is_dir():
+        raise BuildError(f"the kernels' sources were not found in {KERNELS}; run from a checkout of the repository")
+    return compiler
+
+
+def _cache() -> Path:
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if root:
+        return Path(root) / "flexq"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions" / "flexq"
+
+
+def _digest(folder: Path, flags: tuple[str, ...], compiler: str) -> str:
+    """Twelve digits that change with whatever the build depends on; torch itself looks at the sources only."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    for fact in (*flags, compiler, version, torch.__version__, sys.version, sysconfig.get_config_var("SOABI") or ""):
+        digest.update(fact.encode() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold an advisory lock, waiting at most `WAIT_SECONDS` for another process's build."""
+    with path.open("w") as handle:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise BuildError(
+                        f"another process has held {path} for {WAIT_SECONDS} s; end it, or delete its folder"
+                    ) from None
+                time.sleep(0.2)
+        yield
