@@ -35,6 +35,8 @@ class BuildError(RuntimeError):
 
 def cpu_kernel_available() -> tuple[bool, str]:
     """Whether the CPU kernel is built or can be built, and why not. Compiles nothing."""
+    if cpu_kernel.cache_info().currsize:
+        return True, ""
     if _failed:
         return False, _failed[0]
     try:

@@ -61,7 +61,7 @@ FLEXQ_AVX2 inline void rows(const Problem& p, int64_t begin, int64_t end) {
           offsets = dot(offsets, offset, x);
         }
         const __m256 inner = _mm256_cvtepi32_ps(_mm256_sub_epi32(with_offset, offsets));
-        sums[m] = _mm256_fmadd_ps(inner, _mm256_set1_ps(p.scales[m * p.groups + g] * sw), sums[m]);
+        sums[m] = _mm256_fmadd_ps(inner, _mm256_set1_ps(p.scales[g * kFewTokens + m] * sw), sums[m]);
       }
     }
     for (int64_t m = 0; m < p.tokens; ++m) p.y[m * p.outputs + n] = finish(p, n, horizontal(sums[m]));

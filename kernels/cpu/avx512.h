@@ -8,6 +8,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <initializer_list>
+
 #include "quantize_activation.h"
 
 namespace flexq::avx512 {
@@ -38,40 +40,46 @@ FLEXQ_AVX512 inline __m512i expand(const uint8_t* packed, const Expander& e) {
 
 FLEXQ_AVX512 inline int64_t quantize(const Problem& p, int64_t token) { return quantize_token(p, token); }
 
-// Few tokens: packed rows straight from memory. Activations are unsigned (q + 128), weights signed; what the offset adds,
-// 128 * sum(w), depends on the weights alone and is subtracted from the start of every token's sum.
+// Few tokens: packed rows straight from memory, two at a time so that they share the loads of activations. Those are unsigned
+// (q + 128), weights signed; what the offset adds, 128 * sum(w), depends on the weights alone and starts every token's sum.
 template <int Tokens>
 FLEXQ_AVX512 inline void rows_of(const Problem& p, int64_t begin, int64_t end) {
+  constexpr int kRows = 2;
   const Expander e = expander();
   const __m512i offset = _mm512_set1_epi8(32), flip = _mm512_set1_epi8(char(0x80)), zero = _mm512_setzero_si512();
-  static thread_local Scratch scratch;
-  float* sw = scratch.get<float>(size_t(p.groups) + 16);
-  const int64_t ahead = 4096;  // bytes; far enough to cover memory latency, and past the hardware's page limit
-  for (int64_t n = begin; n < end; ++n) {
-    for (int64_t g = 0; g < p.groups; g += 16) {
-      const __mmask16 valid = p.groups - g >= 16 ? 0xffff : __mmask16((1 << (p.groups - g)) - 1);
-      const __m256i half = _mm256_maskz_loadu_epi16(valid, p.scale + n * p.groups + g);
-      _mm512_store_ps(sw + g, _mm512_cvtph_ps(half));
-    }
-    __m512 sums[Tokens];
-    for (int m = 0; m < Tokens; ++m) sums[m] = _mm512_setzero_ps();
+  const int64_t ahead = 2048;  // bytes along a row: covers the latency of memory
+  for (int64_t n0 = begin; n0 < end; n0 += kRows) {
+    const int64_t row[kRows] = {n0, n0 + 1 < end ? n0 + 1 : n0};
+    __m512 sums[kRows][Tokens];
+    for (int r = 0; r < kRows; ++r)
+      for (int m = 0; m < Tokens; ++m) sums[r][m] = _mm512_setzero_ps();
     for (int64_t g = 0; g < p.groups; ++g) {
-      const uint8_t* packed = p.packed(n, g);
-      _mm_prefetch(reinterpret_cast<const char*>(packed + ahead), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(packed + ahead + 64), _MM_HINT_T0);
-      const __m512i w0 = _mm512_sub_epi8(expand(packed, e), offset);
-      const __m512i w1 = _mm512_sub_epi8(expand(packed + 48, e), offset);
-      const __m512i start = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, flip, w0), flip, w1));
+      __m512i w[kRows][2], start[kRows];
+      alignas(32) float scale[kRows][kFewTokens];
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) {
+        const uint8_t* packed = p.packed(row[r], g);
+        _mm_prefetch(reinterpret_cast<const char*>(packed + ahead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(packed + ahead + 64), _MM_HINT_T0);
+        w[r][0] = _mm512_sub_epi8(expand(packed, e), offset);
+        w[r][1] = _mm512_sub_epi8(expand(packed + 48, e), offset);
+        start[r] = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, flip, w[r][0]), flip, w[r][1]));
+        const __m256 sw = _mm256_set1_ps(half_to_float(p.scale[row[r] * p.groups + g]));
+        _mm256_store_ps(scale[r], _mm256_mul_ps(sw, _mm256_load_ps(p.scales + g * kFewTokens)));
+      }
 #pragma GCC unroll 8
       for (int m = 0; m < Tokens; ++m) {
-        const uint8_t* x = p.codes + (m * p.groups + g) * kGroup;
-        __m512i inner = _mm512_dpbusd_epi32(start, _mm512_load_si512(x), w0);
-        inner = _mm512_dpbusd_epi32(inner, _mm512_load_si512(x + 64), w1);
-        const __m512 scale = _mm512_set1_ps(p.scales[m * p.groups + g] * sw[g]);
-        sums[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(inner), scale, sums[m]);
+        const uint8_t* codes = p.codes + (m * p.groups + g) * kGroup;
+        const __m512i x0 = _mm512_load_si512(codes), x1 = _mm512_load_si512(codes + 64);
+#pragma GCC unroll 2
+        for (int r = 0; r < kRows; ++r) {
+          const __m512i inner = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start[r], x0, w[r][0]), x1, w[r][1]);
+          sums[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(inner), _mm512_set1_ps(scale[r][m]), sums[r][m]);
+        }
       }
     }
-    for (int m = 0; m < Tokens; ++m) p.y[m * p.outputs + n] = finish(p, n, _mm512_reduce_add_ps(sums[m]));
+    for (int r = 0; r < kRows; ++r)
+      for (int m = 0; m < Tokens; ++m) p.y[m * p.outputs + row[r]] = finish(p, row[r], _mm512_reduce_add_ps(sums[r][m]));
   }
 }
 
@@ -81,67 +89,83 @@ FLEXQ_AVX512 inline void rows(const Problem& p, int64_t begin, int64_t end) {
   by_tokens[p.tokens - 1](p, begin, end);
 }
 
-// Writes a block of sums, [output][token], to y.
-template <int Outputs>
-inline void store_block(const Problem& p, int64_t n0, int count, int64_t m0, int tokens, const float (*sums)[kTile]) {
-  for (int m = 0; m < tokens && m0 + m < p.tokens; ++m) {
-    float* y = p.y + (m0 + m) * p.outputs + n0;
-    for (int r = 0; r < count; ++r) y[r] = finish(p, n0 + r, sums[r + m / kTile * Outputs][m % kTile]);
+// Many tokens: a block of outputs is expanded once and used for all tokens; it stays in the second-level cache, and the block is
+// large enough that the activations, which do not stay, are not read too often.
+constexpr int64_t kBlockBytes = 640 * 1024;
+
+inline int64_t block_rows(const Problem& p) {
+  const int64_t rows = kBlockBytes / (p.groups * kGroup) / 32 * 32;
+  return rows < 32 ? 32 : rows > 128 ? 128 : rows;
+}
+
+// Writes sums, [output][16 tokens], to y: outputs n0.. of tokens m0..
+FLEXQ_AVX512 inline void store_block(const Problem& p, int64_t n0, int64_t end, int64_t m0, int rows, const float (*sums)[kTile]) {
+  const __m512i down = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(kTile));
+  for (int r = 0; r < rows && n0 + r < end; r += 16) {
+    const int64_t left = end - n0 - r < rows - r ? end - n0 - r : rows - r;
+    const __mmask16 valid = left >= 16 ? 0xffff : __mmask16((1 << left) - 1);
+    const __m512i exponent = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(valid, p.exponent + n0 + r));
+    const __m512 factor = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(exponent, _mm512_set1_epi32(127)), 23));
+    const __m512 bias = p.bias ? _mm512_maskz_loadu_ps(valid, p.bias + n0 + r) : _mm512_setzero_ps();
+    for (int m = 0; m < kTile && m0 + m < p.tokens; ++m) {
+      const __m512 column = _mm512_i32gather_ps(down, &sums[r][m], 4);
+      _mm512_mask_storeu_ps(p.y + (m0 + m) * p.outputs + n0 + r, valid, _mm512_add_ps(_mm512_mul_ps(column, factor), bias));
+    }
   }
 }
 
-// Eight outputs against 32 tokens: lanes are tokens, four codes of a weight row are broadcast to all of them.
-FLEXQ_AVX512 inline void tiles(const Problem& p, int64_t begin, int64_t end) {
+// Sixteen outputs, eight at a time, against 16 tokens: lanes are tokens, four codes of a weight row are broadcast to all.
+FLEXQ_AVX512 inline void multiply_rows(const Problem& p, const uint8_t* w, const float* sw, int64_t g, int64_t m0, float (*sums)[kTile]) {
   constexpr int kRows = 8;
-  const Expander e = expander();
-  static thread_local Scratch scratch;
-  uint8_t* w = scratch.get<uint8_t>(size_t(kRows) * p.groups * kGroup);
-  for (int64_t n0 = begin; n0 < end; n0 += kRows) {
-    const int count = int(end - n0 < kRows ? end - n0 : kRows);
-    for (int r = 0; r < kRows; ++r)  // rows past the end repeat the last one and are not stored
-      for (int64_t g = 0; g < p.groups; ++g) {
-        const uint8_t* packed = p.packed(n0 + (r < count ? r : count - 1), g);
-        uint8_t* out = w + (r * p.groups + g) * kGroup;
-        _mm512_store_si512(out, expand(packed, e));
-        _mm512_store_si512(out + kTileK, expand(packed + 48, e));
-      }
-    for (int64_t m0 = 0; m0 < p.padded_tokens; m0 += 2 * kTile) {
-      const bool both = m0 + kTile < p.padded_tokens;
-      const int64_t second = both ? kTile : 0;  // a lone last tile is computed twice rather than written twice
-      alignas(64) float sums[2 * kRows][kTile] = {};
-      for (int64_t g = 0; g < p.groups; ++g) {
-        const int8_t* x0 = p.tile(m0 / kTile, g * 2);
-        const int8_t* x1 = p.tile((m0 + second) / kTile, g * 2);
-        const int64_t at = g * p.padded_tokens + m0;
-        __m512i inner[kRows][2];
-        for (int r = 0; r < kRows; ++r) {
-          inner[r][0] = _mm512_load_si512(p.corrections + at);
-          inner[r][1] = _mm512_load_si512(p.corrections + at + second);
-        }
-        const uint8_t* four = w + g * kGroup;
-        for (int quad = 0; quad < kGroup / 4; ++quad) {
-          const __m512i a = _mm512_load_si512(x0 + quad * 64), b = _mm512_load_si512(x1 + quad * 64);
+  const int64_t stride = p.groups * kGroup, at = g * p.padded_tokens + m0;
+  const int8_t* x = p.tile(m0 / kTile, g * 2);
+  const __m512i start = _mm512_load_si512(p.corrections + at);
+  const __m512 sx = _mm512_load_ps(p.scales + at);
+  for (int half = 0; half < kTile; half += kRows) {
+    __m512i inner[kRows];
+    for (int r = 0; r < kRows; ++r) inner[r] = start;
+    const uint8_t* four = w + half * stride + g * kGroup;
+#pragma GCC unroll 4
+    for (int quad = 0; quad < kGroup / 4; ++quad) {
+      const __m512i tokens = _mm512_load_si512(x + quad * 64);
 #pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-            int32_t codes;
-            std::memcpy(&codes, four + r * p.groups * kGroup + quad * 4, 4);
-            const __m512i broadcast = _mm512_set1_epi32(codes);
-            inner[r][0] = _mm512_dpbusd_epi32(inner[r][0], broadcast, a);
-            inner[r][1] = _mm512_dpbusd_epi32(inner[r][1], broadcast, b);
-          }
-        }
-        const __m512 sx0 = _mm512_load_ps(p.scales + at), sx1 = _mm512_load_ps(p.scales + at + second);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          const __m512 sw = _mm512_set1_ps(half_to_float(p.scale[(n0 + (r < count ? r : 0)) * p.groups + g]));
-          float* s0 = sums[r];
-          float* s1 = sums[r + kRows];
-          _mm512_store_ps(s0, _mm512_fmadd_ps(_mm512_cvtepi32_ps(inner[r][0]), _mm512_mul_ps(sw, sx0), _mm512_load_ps(s0)));
-          _mm512_store_ps(s1, _mm512_fmadd_ps(_mm512_cvtepi32_ps(inner[r][1]), _mm512_mul_ps(sw, sx1), _mm512_load_ps(s1)));
-        }
+      for (int r = 0; r < kRows; ++r) {
+        int32_t codes;
+        std::memcpy(&codes, four + r * stride + quad * 4, 4);
+        inner[r] = _mm512_dpbusd_epi32(inner[r], _mm512_set1_epi32(codes), tokens);
       }
-      store_block<kRows>(p, n0, count, m0, both ? 2 * kTile : kTile, sums);
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      float* sum = sums[half + r];
+      const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(sw[half + r]), sx);
+      _mm512_store_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(inner[r]), scale, _mm512_load_ps(sum)));
+    }
+  }
+}
+
+FLEXQ_AVX512 inline void tiles(const Problem& p, int64_t begin, int64_t end) {
+  const int64_t block = block_rows(p), stride = p.groups * kGroup;
+  const Expander e = expander();
+  static thread_local Scratch weights, scales;
+  uint8_t* w = weights.get<uint8_t>(size_t(block * stride));
+  float* sw = scales.get<float>(size_t(block * p.groups));  // [groups][block]
+  for (int64_t n0 = begin; n0 < end; n0 += block) {
+    const int64_t rows = end - n0 < block ? (end - n0 + kTile - 1) / kTile * kTile : block;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t n = n0 + r < end ? n0 + r : end - 1;  // rows past the end repeat the last one and are not stored
+      for (int64_t g = 0; g < p.groups; ++g) {
+        _mm512_store_si512(w + r * stride + g * kGroup, expand(p.packed(n, g), e));
+        _mm512_store_si512(w + r * stride + g * kGroup + kTileK, expand(p.packed(n, g) + 48, e));
+        sw[g * block + r] = half_to_float(p.scale[n * p.groups + g]);
+      }
+    }
+    for (int64_t m0 = 0; m0 < p.padded_tokens; m0 += kTile)
+      for (int64_t r = 0; r < rows; r += kTile) {
+        alignas(64) float sums[kTile][kTile] = {};
+        for (int64_t g = 0; g < p.groups; ++g) multiply_rows(p, w + r * stride, sw + g * block + r, g, m0, sums);
+        store_block(p, n0 + r, end, m0, kTile, sums);
+      }
   }
 }
 
@@ -158,13 +182,18 @@ inline const Path path{"avx512", available, quantize, rows, tiles};
 // expanding them needs no transposition; activations are the right one, 16 rows of four codes x 16 tokens. A group is two
 // steps along K. Sums go through a small buffer to the vector unit, which scales one group while the tiles compute the next.
 struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
+  uint8_t palette, start_row, reserved[14];
+  uint16_t bytes[16];
+  uint8_t rows[16];
 };
+
+// In memory of its own: the intrinsic tells the compiler of the first bytes only.
+inline constexpr TileConfig kTileConfig{
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 template <int TokenTiles>
 FLEXQ_AMX inline void multiply(const int8_t* w0, const int8_t* w1, const int8_t* x0, const int8_t* x1, int32_t* sums) {
+  asm volatile("" ::: "memory");  // tile loads do not tell the compiler what they read: stores must come before
   _tile_zero(0);
   _tile_zero(2);
   if (TokenTiles == 2) {
@@ -193,9 +222,9 @@ FLEXQ_AMX inline void multiply(const int8_t* w0, const int8_t* w1, const int8_t*
   }
 }
 
-// 32 outputs (two weight tiles) against 16 or 32 tokens, all groups.  w: [2][groups * 2] tiles.  sw: [groups][32].
+// 32 outputs (two weight tiles) against 16 or 32 tokens, all groups.  w: [2][groups * 2] tiles.  sw: [groups] rows of `pitch`.
 template <int TokenTiles>
-FLEXQ_AMX inline void product(const Problem& p, const int8_t* w, const float* sw, int64_t m0, float (*sums)[kTile]) {
+FLEXQ_AMX inline void product(const Problem& p, const int8_t* w, const float* sw, int64_t pitch, int64_t m0, float (*sums)[kTile]) {
   alignas(64) int32_t buffer[2][4 * 256];
   const int64_t row = p.groups * 2 * kTileBytes;
   const auto start = [&](int64_t g) FLEXQ_AMX {
@@ -210,7 +239,7 @@ FLEXQ_AMX inline void product(const Problem& p, const int8_t* w, const float* sw
     const int32_t* inner = buffer[g % 2];
 #pragma GCC unroll 4
     for (int r = 0; r < 32; ++r) {
-      const __m512 scale = _mm512_set1_ps(sw[g * 32 + r]);
+      const __m512 scale = _mm512_set1_ps(sw[g * pitch + r]);
       const int32_t* from = inner + r / 16 * 512 + r % 16 * 16;
       const __m512 a = _mm512_cvtepi32_ps(_mm512_load_si512(from));
       _mm512_store_ps(sums[r], _mm512_fmadd_ps(a, _mm512_mul_ps(scale, sx0), _mm512_load_ps(sums[r])));
@@ -223,35 +252,38 @@ FLEXQ_AMX inline void product(const Problem& p, const int8_t* w, const float* sw
 }
 
 FLEXQ_AMX inline void amx_tiles(const Problem& p, int64_t begin, int64_t end) {
-  constexpr int kRows = 32;
-  TileConfig config;
-  for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
-  _tile_loadconfig(&config);
+  constexpr int64_t kStep = 4;  // groups expanded of a row at a time: whole cache lines read, a small window written
+  _tile_loadconfig(&kTileConfig);
+  const int64_t block = block_rows(p), pair = p.groups * 4 * kTileBytes;
   const Expander e = expander();
   const __m512i offset = _mm512_set1_epi8(32);
   static thread_local Scratch weights, scales;
-  auto* w = weights.get<int8_t>(size_t(kRows) * p.groups * kGroup);
-  float* sw = scales.get<float>(size_t(kRows) * p.groups);
-  for (int64_t n0 = begin; n0 < end; n0 += kRows) {
-    const int count = int(end - n0 < kRows ? end - n0 : kRows);
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t n = n0 + (r < count ? r : count - 1);  // rows past the end repeat the last one and are not stored
-      for (int64_t g = 0; g < p.groups; ++g) {
-        const uint8_t* packed = p.packed(n, g);
-        _mm_prefetch(reinterpret_cast<const char*>(packed + 1024), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(packed + 1088), _MM_HINT_T0);
-        int8_t* out = w + ((r / kTile) * p.groups + g) * 2 * kTileBytes + r % kTile * kTileK;
-        _mm512_store_si512(out, _mm512_sub_epi8(expand(packed, e), offset));
-        _mm512_store_si512(out + kTileBytes, _mm512_sub_epi8(expand(packed + 48, e), offset));
-        sw[g * kRows + r] = half_to_float(p.scale[n * p.groups + g]);
+  int8_t* w = weights.get<int8_t>(size_t(block * p.groups * kGroup));
+  float* sw = scales.get<float>(size_t(block * p.groups));  // [groups][block]
+  for (int64_t n0 = begin; n0 < end; n0 += block) {
+    const int64_t rows = end - n0 < block ? (end - n0 + 31) / 32 * 32 : block;
+    for (int64_t tile = 0; tile < rows; tile += kTile)
+      for (int64_t first = 0; first < p.groups; first += kStep)
+        for (int64_t r = tile; r < tile + kTile; ++r) {
+          const int64_t n = n0 + r < end ? n0 + r : end - 1;  // rows past the end repeat the last one and are not stored
+          for (int64_t g = first; g < p.groups && g < first + kStep; ++g) {
+            const uint8_t* packed = p.packed(n, g);
+            _mm_prefetch(reinterpret_cast<const char*>(packed + 2 * kStep * kGroupBytes), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(packed + 2 * kStep * kGroupBytes + 64), _MM_HINT_T0);
+            int8_t* out = w + (tile / kTile * p.groups + g) * 2 * kTileBytes + (r - tile) * kTileK;
+            _mm512_store_si512(out, _mm512_sub_epi8(expand(packed, e), offset));
+            _mm512_store_si512(out + kTileBytes, _mm512_sub_epi8(expand(packed + 48, e), offset));
+            sw[g * block + r] = half_to_float(p.scale[n * p.groups + g]);
+          }
+        }
+    for (int64_t m0 = 0; m0 < p.padded_tokens; m0 += 2 * kTile)
+      for (int64_t r = 0; r < rows; r += 32) {
+        alignas(64) float sums[64][kTile] = {};
+        const bool both = m0 + kTile < p.padded_tokens;
+        (both ? product<2> : product<1>)(p, w + r / 32 * pair, sw + r, block, m0, sums);
+        store_block(p, n0 + r, end, m0, 32, sums);
+        if (both) store_block(p, n0 + r, end, m0 + kTile, 32, sums + 32);
       }
-    }
-    for (int64_t m0 = 0; m0 < p.padded_tokens; m0 += 2 * kTile) {
-      alignas(64) float sums[2 * kRows][kTile] = {};
-      const bool both = m0 + kTile < p.padded_tokens;
-      both ? product<2>(p, w, sw, m0, sums) : product<1>(p, w, sw, m0, sums);
-      store_block<kRows>(p, n0, count, m0, both ? 2 * kTile : kTile, sums);
-    }
   }
   _tile_release();
 }

@@ -26,7 +26,7 @@ inline void rows(const Problem& p, int64_t begin, int64_t end) {
         const uint8_t* x = p.codes + (m * p.groups + g) * kGroup;
         int32_t inner = 0;
         for (int k = 0; k < kGroup; ++k) inner += (int32_t(x[k]) - 128) * w[k];
-        sums[m] += float(inner) * (p.scales[m * p.groups + g] * sw);
+        sums[m] += float(inner) * (p.scales[g * kFewTokens + m] * sw);
       }
     }
     for (int64_t m = 0; m < p.tokens; ++m) p.y[m * p.outputs + n] = finish(p, n, sums[m]);

@@ -29,7 +29,7 @@ struct Problem {
   int activation_bits;
 
   // Quantised activations. Few tokens: rows, offset binary (q + 128), to meet signed weights in vpdpbusd:
-  //   codes[m * groups * 128 + k]                                    scales[m * groups + g]
+  //   codes[m * groups * 128 + k]                                    scales[g * 8 + m]
   // Many tokens: tiles of 16 tokens x 64 codes, signed, four codes along K side by side as dot-product instructions eat them:
   //   codes[((m / 16) * groups * 2 + k / 64) * 1024 + (k % 64) / 4 * 64 + (m % 16) * 4 + k % 4]    scales[g * padded_tokens + m]
   uint8_t* codes;

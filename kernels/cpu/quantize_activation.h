@@ -41,7 +41,7 @@ __attribute__((always_inline)) inline int64_t quantize_token(const Problem& p, i
     if (p.few()) {
       uint8_t* out = p.codes + (token * p.groups + g) * kGroup;
       for (int i = 0; i < kGroup; ++i) out[i] = uint8_t(codes[i]) ^ 0x80;  // q + 128
-      p.scales[token * p.groups + g] = scale;
+      p.scales[g * kFewTokens + token] = scale;
     } else {
       uint8_t* out = p.codes + ((token / kTile) * p.groups + g) * 2 * kTileBytes + (token % kTile) * 4;
       for (int quad = 0; quad < kGroup / 4; ++quad) std::memcpy(out + quad * kTile * 4, codes + quad * 4, 4);

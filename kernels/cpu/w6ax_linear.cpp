@@ -43,7 +43,7 @@ int64_t run(Problem p, const Path& path, int threads) {
   p.padded_tokens = (p.tokens + kTile - 1) / kTile * kTile;
   const int64_t stored = p.few() ? p.tokens : p.padded_tokens;
   p.codes = codes.get<uint8_t>(size_t(stored) * p.groups * kGroup);
-  p.scales = scales.get<float>(size_t(stored) * p.groups);
+  p.scales = scales.get<float>(size_t(std::max<int64_t>(stored, kFewTokens)) * p.groups);
   p.corrections = corrections.get<int32_t>(size_t(stored) * p.groups);
   if (stored > p.tokens) {  // the last tile's missing tokens are computed with the rest, as zeros
     const size_t tile = size_t(p.groups) * 2 * kTileBytes;
@@ -60,7 +60,7 @@ int64_t run(Problem p, const Path& path, int threads) {
   }
   if (bad != INT64_MAX) return bad;
 
-  const int64_t block = p.few() ? 16 : 32;
+  const int64_t block = p.few() ? 16 : 128;
   const int64_t blocks = (p.outputs + block - 1) / block;
   const int64_t chunk = std::max<int64_t>(1, blocks / (threads * 8));  // some slack for cores that are busy elsewhere
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (p.outputs * p.groups > 512)
