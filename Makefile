@@ -1,0 +1,41 @@
+# `make help` lists what there is. Every target makes .venv first where there is none; PYTHON=... chooses with which.
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab lint format lock reference readme clean env
+SHELL := /bin/sh
+BIN := .venv/bin
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: env  ## run the notebooks on the demo models and build outputs/report.html
+	@$(BIN)/python -m flexq_core.workbook demo </dev/null
+
+test: env  ## run the tests
+	@$(BIN)/python -m pytest -q
+
+lab: env  ## open the notebooks in JupyterLab
+	@$(BIN)/python -m jupyterlab notebooks
+
+lint: env  ## check style
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: env  ## mend style, and strip outputs from the notebooks
+	@$(BIN)/ruff check --fix-only --quiet . && $(BIN)/ruff format .
+	@$(BIN)/nbstripout notebooks/*.ipynb
+
+env:  ## make or update .venv from env/requirements.lock
+	@PYTHON="$(PYTHON)" env/setup
+
+lock: env  ## resolve env/requirements.in into env/requirements.lock
+	@env/lock
+
+reference: env  ## keep this machine's records in outputs/reference/
+	@$(BIN)/python -m flexq_core.workbook reference
+
+readme: env  ## make the README's results table from outputs/reference/
+	@$(BIN)/python -m flexq_core.workbook readme
+
+clean:  ## delete .venv, caches and all outputs but outputs/reference/
+	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find outputs -mindepth 1 -maxdepth 1 ! -name README.md ! -name reference -exec rm -rf {} +
