@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -12,5 +13,10 @@ REFERENCE = ROOT / "outputs" / "reference"
 
 
 def outputs() -> Path:
-    """The folder that runs write to: FLEXQ_OUTPUTS, or outputs/ of this repository."""
-    return Path(os.environ.get("FLEXQ_OUTPUTS") or ROOT / "outputs")
+    """The folder that runs write to: FLEXQ_OUTPUTS, relative to the repository, or its outputs/."""
+    return ROOT / (os.environ.get("FLEXQ_OUTPUTS") or "outputs")
+
+
+def in_log() -> bool:
+    """Whether what is printed goes to a file rather than to a terminal or a live notebook."""
+    return not sys.stderr.isatty() and ("ipykernel" not in sys.modules or "FLEXQ_HEADLESS" in os.environ)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
-import sys
+import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from flexq_core.workbook import figures, paths
-from flexq_core.workbook.records import Measurement, Records, provenance
+from flexq_core.workbook.machine import provenance
+from flexq_core.workbook.records import Measurement, Records
 
+_VERDICT = {True: "holds", False: "FAILS", None: "skipped"}
 _TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
 
@@ -51,10 +54,14 @@ class Run:
     device: str
     outputs: Path
     records: Records
-    _claims: list[tuple[str, bool, str]] = field(default_factory=list, repr=False)
+    _claims: list[tuple[str, bool | None, str]] = field(default_factory=list, repr=False)
 
     def progress(self, iterable: Iterable, *, desc: str, total: int | None = None) -> Iterator:
-        """Iterate with a bar: a live one in Jupyter and on a terminal, a line now and then in a log."""
+        """Iterate with a bar: a live one in Jupyter and on a terminal, a line every half minute in a log."""
+        if paths.in_log():
+            from tqdm import tqdm
+
+            return iter(tqdm(iterable, desc=desc, total=total, mininterval=30, maxinterval=30, leave=False, ascii=True))
         from tqdm.auto import tqdm
 
         return iter(tqdm(iterable, desc=desc, total=total, mininterval=0.5, leave=False))
@@ -63,23 +70,28 @@ class Run:
         """Save a figure as SVG and PNG under outputs/figures/<study>/<model>/ and return the SVG's path."""
         return figures.save(figure, self.outputs / "figures" / self.study / self._label(), name, caption=caption)
 
-    def claim(self, text: str, holds: bool, detail: str = "") -> None:
-        """State a claim and whether this run's records bear it out; `finish` fails the run if one does not hold."""
-        self._claims.append((text, bool(holds), detail))
+    def claim(self, text: str, holds: bool | None, detail: str = "") -> None:
+        """State a claim and whether this run's records bear it out; `finish` fails the run if one does not hold.
+
+        holds: None where this machine cannot tell; then `detail` says what it lacks, and the claim counts as skipped.
+        """
+        self._claims.append((text, None if holds is None else bool(holds), detail))
 
     def finish(self) -> None:
         """Record and print the claims. Raises ClaimFailedError if there is none, or one that does not hold."""
-        claims = {f"claim/{text}": Measurement(float(holds), detail or "1") for text, holds, detail in self._claims}
         self.records.replace(
             model=str(self.parameters.get("model", "")),
             method="claims",
             parameters={"run": self.parameters},
             seed=int(self.parameters.get("seed", 0)),
-            measured=claims,
+            measured={
+                f"claim/{text}": Measurement(None if holds is None else float(holds), "1", detail)
+                for text, holds, detail in self._claims
+            },
         )
         for text, holds, detail in self._claims:
-            print(f"{'holds' if holds else 'FAILS'}   {text}{f'   ({detail})' if detail else ''}")
-        failed = [text for text, holds, _ in self._claims if not holds]
+            print(f"{_VERDICT[holds]:<9}{text}{f'   ({detail})' if detail else ''}")
+        failed = [text for text, holds, _ in self._claims if holds is False]
         if failed or not self._claims:
             raise ClaimFailedError("; ".join(failed) or "the notebook made no claim")
 
@@ -110,8 +122,11 @@ def start(study: str, namespace: Mapping[str, Any]) -> Run:
 def declared_parameters(notebook: Path) -> dict[str, Parameter]:
     """The parameters of a notebook, from its cell tagged `parameters`: name → Parameter.
 
-    Raises ParameterError where the cell is absent or a line is not `name: type = literal  # help`.
+    Raises ParameterError where the notebook or the cell is absent, or a line is not `name: type = literal  # help`.
     """
+    if not notebook.is_file():
+        known = ", ".join(sorted(path.stem for path in notebook.parent.glob("*.ipynb"))) or "none"
+        raise ParameterError(f"there is no notebook {notebook.stem!r} in {notebook.parent}; found: {known}")
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     sources = ["".join(c["source"]) for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
     if len(sources) != 1:
@@ -121,18 +136,27 @@ def declared_parameters(notebook: Path) -> dict[str, Parameter]:
 
 def parse_parameters(source: str, where: str) -> dict[str, Parameter]:
     """Read a parameters cell; see `declared_parameters`."""
+    accepted = f"accepted: name: {'|'.join(_TYPES)} = literal  # help"
+    try:
+        nodes = ast.parse(source).body
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    except (SyntaxError, tokenize.TokenError) as error:
+        raise ParameterError(f"{where}: the parameters cell is not Python ({error}); {accepted}") from None
     parameters = {}
-    lines = source.splitlines()
-    for node in ast.parse(source).body:
-        line = lines[node.lineno - 1]
+    for node in nodes:
+        # A formatter may have spread a long line over several; its help is then on one of them.
+        help_text = next((comments[n] for n in range(node.lineno, node.end_lineno + 1) if n in comments), "")
         simple = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None
         kind = _TYPES.get(ast.unparse(node.annotation)) if simple else None
-        if kind is None or "#" not in line:
-            raise ParameterError(
-                f"{where}: {line!r} is not a parameter; accepted: name: {'|'.join(_TYPES)} = literal  # help"
-            )
-        name, help_text = node.target.id, line.rsplit("#", 1)[1].strip()
-        parameters[name] = Parameter(name, kind, ast.literal_eval(node.value), help_text)
+        if kind is None or not help_text:
+            raise ParameterError(f"{where}: {ast.get_source_segment(source, node)!r} is not a parameter; {accepted}")
+        name = node.target.id
+        try:
+            default = ast.literal_eval(node.value)
+        except ValueError:
+            raise ParameterError(f"{where}: the default of {name!r} is not a literal; {accepted}") from None
+        parameters[name] = Parameter(name, kind, _typed(Parameter(name, kind, kind(), help_text), default), help_text)
     return parameters
 
 
@@ -157,14 +181,17 @@ def _injected_names(namespace: Mapping[str, Any]) -> list[str]:
     """Names that papermill set, known or not: it runs them in a cell of its own that begins `# Parameters`.
 
     Everything else in the namespace may be the reader's own and is none of our business, so that cells can be run
-    again in any order.
+    again in any order. Of several such cells the last counts: a reader may have mended it and run it again.
     """
-    names = []
-    for source in namespace.get("In", []):
-        if isinstance(source, str) and source.startswith("# Parameters\n"):
-            targets = [node.targets for node in ast.parse(source).body if isinstance(node, ast.Assign)]
-            names += [target.id for group in targets for target in group if isinstance(target, ast.Name)]
-    return names
+    injected = [s for s in namespace.get("In", []) if isinstance(s, str) and s.startswith("# Parameters\n")]
+    if not injected:
+        return []
+    try:
+        nodes = ast.parse(injected[-1]).body
+    except SyntaxError:  # it never ran
+        return []
+    targets = [target for node in nodes if isinstance(node, ast.Assign) for target in node.targets]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def _typed(parameter: Parameter, value: Any) -> Any:
@@ -179,11 +206,20 @@ def _typed(parameter: Parameter, value: Any) -> Any:
 
 
 def _print_banner(run: Run, declared: dict[str, Parameter]) -> None:
+    import torch
+
     facts = provenance(run.device)
-    changed = [f"{n}={v!r}" for n, v in run.parameters.items() if v != declared[n].default]
-    commit = facts["git_commit"]
-    state = "no git" if commit is None else commit[:10] + (" with local changes" if facts["dirty"] else "")
+    width = max(map(len, declared), default=0)
+    for name, value in run.parameters.items():
+        changed = "" if value == declared[name].default else f"   (default {declared[name].default!r})"
+        print(f"{'*' if changed else ' '} {name:<{width}} = {value!r}{changed}")
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    print(f"{run.study} · {', '.join(changed) or 'default parameters'}")
-    print(f"{facts['device']} ({run.device}) · {versions} · {state}")
-    print(f"records: {run.records.path}", file=sys.stdout, flush=True)
+    print(f"{facts['device']} ({run.device}), {torch.get_num_threads()} threads · {versions} · {commit_text(facts)}")
+    print(f"writes to {run.outputs}", flush=True)
+
+
+def commit_text(facts: Mapping[str, Any]) -> str:
+    """The commit of a provenance, short, as people read it."""
+    if not facts["git_commit"]:
+        return "no git"
+    return f"commit {facts['git_commit'][:10]}{' with local changes' if facts['dirty'] else ''}"

@@ -222,68 +222,100 @@ FLEXQ_AMX inline void multiply(const int8_t* w0, const int8_t* w1, const int8_t*
   }
 }
 
-// 32 outputs (two weight tiles) against 16 or 32 tokens, all groups.  w: [2][groups * 2] tiles.  sw: [groups] rows of `pitch`.
+// Weights expanded for the tiles: `rows` outputs x `groups` groups, as [row / 16][group][half] tiles, with their scales.
+struct Window {
+  int8_t* codes;
+  float* scales;  // [groups][rows]
+  int64_t rows, groups;
+};
+
+FLEXQ_AVX512 inline void expand_window(const Problem& p, const Window& w, int64_t n0, int64_t end, int64_t first, int64_t groups) {
+  constexpr int64_t kStep = 4;  // groups of a row at a time: whole cache lines are read, a few KiB are written
+  const Expander e = expander();
+  const __m512i offset = _mm512_set1_epi8(32);
+  for (int64_t tile = 0; tile < w.rows; tile += kTile)
+    for (int64_t some = 0; some < groups; some += kStep)
+      for (int64_t r = tile; r < tile + kTile; ++r) {
+        const int64_t n = n0 + r < end ? n0 + r : end - 1;  // rows past the end repeat the last one and are not stored
+        for (int64_t g = some; g < groups && g < some + kStep; ++g) {
+          const uint8_t* packed = p.packed(n, first + g);
+          _mm_prefetch(reinterpret_cast<const char*>(packed + 2 * kStep * kGroupBytes), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(packed + 2 * kStep * kGroupBytes + 64), _MM_HINT_T0);
+          int8_t* out = w.codes + (tile / kTile * w.groups + g) * 2 * kTileBytes + (r - tile) * kTileK;
+          _mm512_store_si512(out, _mm512_sub_epi8(expand(packed, e), offset));
+          _mm512_store_si512(out + kTileBytes, _mm512_sub_epi8(expand(packed + 48, e), offset));
+          w.scales[g * w.rows + r] = half_to_float(p.scale[n * p.groups + first + g]);
+        }
+      }
+}
+
+// Adds to the sums of 32 outputs (from row `r` of the window) x 16 or 32 tokens the window's `groups` groups from `first` on.
 template <int TokenTiles>
-FLEXQ_AMX inline void product(const Problem& p, const int8_t* w, const float* sw, int64_t pitch, int64_t m0, float (*sums)[kTile]) {
+FLEXQ_AMX inline void product(const Problem& p, const Window& w, int64_t r, int64_t first, int64_t groups, int64_t m0, float (*sums)[kTile],
+                              float (*sums_next)[kTile]) {
   alignas(64) int32_t buffer[2][4 * 256];
-  const int64_t row = p.groups * 2 * kTileBytes;
+  const int8_t* codes = w.codes + r / kTile * w.groups * 2 * kTileBytes;
+  const int64_t next_tile = w.groups * 2 * kTileBytes;
   const auto start = [&](int64_t g) FLEXQ_AMX {
-    const int64_t at = g * 2 * kTileBytes;
-    multiply<TokenTiles>(w + at, w + row + at, p.tile(m0 / kTile, g * 2), p.tile(m0 / kTile + TokenTiles - 1, g * 2), buffer[g % 2]);
+    const int8_t* at = codes + g * 2 * kTileBytes;
+    const int64_t k = (first + g) * 2;
+    multiply<TokenTiles>(at, at + next_tile, p.tile(m0 / kTile, k), p.tile(m0 / kTile + TokenTiles - 1, k), buffer[g % 2]);
   };
+  // The next tokens' activations come from a far cache: each call fetches its share of them.
+  const int64_t share = 2 * 2 * kTileBytes * 32 / w.rows;
+  const char* later = reinterpret_cast<const char*>(p.tile(m0 / kTile + 2, first * 2)) + r / 32 * groups * share;
   start(0);
-  for (int64_t g = 0; g < p.groups; ++g) {
-    if (g + 1 < p.groups) start(g + 1);
-    const float* sx = p.scales + g * p.padded_tokens + m0;
+  for (int64_t g = 0; g < groups; ++g) {
+    if (g + 1 < groups) start(g + 1);
+    const float* sx = p.scales + (first + g) * p.padded_tokens + m0;
     const __m512 sx0 = _mm512_load_ps(sx), sx1 = _mm512_load_ps(sx + (TokenTiles - 1) * kTile);
     const int32_t* inner = buffer[g % 2];
+    const float* sw = w.scales + g * w.rows + r;
+    const char* soon = later + g * share;
+    for (int64_t line = 0; line < share; line += 64) _mm_prefetch(soon + line, _MM_HINT_T1);
 #pragma GCC unroll 4
-    for (int r = 0; r < 32; ++r) {
-      const __m512 scale = _mm512_set1_ps(sw[g * pitch + r]);
-      const int32_t* from = inner + r / 16 * 512 + r % 16 * 16;
+    for (int i = 0; i < 32; ++i) {
+      const __m512 scale = _mm512_set1_ps(sw[i]);
+      const int32_t* from = inner + i / 16 * 512 + i % 16 * 16;
       const __m512 a = _mm512_cvtepi32_ps(_mm512_load_si512(from));
-      _mm512_store_ps(sums[r], _mm512_fmadd_ps(a, _mm512_mul_ps(scale, sx0), _mm512_load_ps(sums[r])));
+      _mm512_store_ps(sums[i], _mm512_fmadd_ps(a, _mm512_mul_ps(scale, sx0), _mm512_load_ps(sums[i])));
       if (TokenTiles == 2) {
         const __m512 b = _mm512_cvtepi32_ps(_mm512_load_si512(from + 256));
-        _mm512_store_ps(sums[32 + r], _mm512_fmadd_ps(b, _mm512_mul_ps(scale, sx1), _mm512_load_ps(sums[32 + r])));
+        _mm512_store_ps(sums_next[i], _mm512_fmadd_ps(b, _mm512_mul_ps(scale, sx1), _mm512_load_ps(sums_next[i])));
       }
     }
   }
 }
 
+// For a moderate number of tokens the expanded window stays in the first-level cache and is used up at once; for many, the
+// window is tall, so that the activations, which do not fit, are read less often.
 FLEXQ_AMX inline void amx_tiles(const Problem& p, int64_t begin, int64_t end) {
-  constexpr int64_t kStep = 4;  // groups expanded of a row at a time: whole cache lines read, a small window written
+  static thread_local Scratch weights, scales, all_sums;
   _tile_loadconfig(&kTileConfig);
-  const int64_t block = block_rows(p), pair = p.groups * 4 * kTileBytes;
-  const Expander e = expander();
-  const __m512i offset = _mm512_set1_epi8(32);
-  static thread_local Scratch weights, scales;
-  int8_t* w = weights.get<int8_t>(size_t(block * p.groups * kGroup));
-  float* sw = scales.get<float>(size_t(block * p.groups));  // [groups][block]
-  for (int64_t n0 = begin; n0 < end; n0 += block) {
-    const int64_t rows = end - n0 < block ? (end - n0 + 31) / 32 * 32 : block;
-    for (int64_t tile = 0; tile < rows; tile += kTile)
-      for (int64_t first = 0; first < p.groups; first += kStep)
-        for (int64_t r = tile; r < tile + kTile; ++r) {
-          const int64_t n = n0 + r < end ? n0 + r : end - 1;  // rows past the end repeat the last one and are not stored
-          for (int64_t g = first; g < p.groups && g < first + kStep; ++g) {
-            const uint8_t* packed = p.packed(n, g);
-            _mm_prefetch(reinterpret_cast<const char*>(packed + 2 * kStep * kGroupBytes), _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char*>(packed + 2 * kStep * kGroupBytes + 64), _MM_HINT_T0);
-            int8_t* out = w + (tile / kTile * p.groups + g) * 2 * kTileBytes + (r - tile) * kTileK;
-            _mm512_store_si512(out, _mm512_sub_epi8(expand(packed, e), offset));
-            _mm512_store_si512(out + kTileBytes, _mm512_sub_epi8(expand(packed + 48, e), offset));
-            sw[g * block + r] = half_to_float(p.scale[n * p.groups + g]);
-          }
+  const bool tall = p.tokens > 100;
+  Window w;
+  w.rows = tall ? 128 : 32;  // 512 KiB of codes, or 16 KiB
+  w.groups = tall ? 32 : 4;
+  w.groups = w.groups < p.groups ? w.groups : p.groups;
+  w.codes = weights.get<int8_t>(size_t(w.rows * w.groups * kGroup));
+  w.scales = scales.get<float>(size_t(w.rows * w.groups));
+  auto* sums = all_sums.get<float[kTile]>(size_t(p.padded_tokens / kTile * w.rows));  // [token tile][row][16 tokens]
+  for (int64_t n0 = begin; n0 < end; n0 += w.rows) {
+    std::memset(sums, 0, size_t(p.padded_tokens * w.rows) * sizeof(float));
+    for (int64_t first = 0; first < p.groups; first += w.groups) {
+      const int64_t groups = p.groups - first < w.groups ? p.groups - first : w.groups;
+      expand_window(p, w, n0, end, first, groups);
+      for (int64_t m0 = 0; m0 < p.padded_tokens; m0 += 2 * kTile)
+        for (int64_t r = 0; r < w.rows; r += 32) {
+          auto* here = sums + m0 / kTile * w.rows + r;
+          if (m0 + kTile < p.padded_tokens)
+            product<2>(p, w, r, first, groups, m0, here, here + w.rows);
+          else
+            product<1>(p, w, r, first, groups, m0, here, nullptr);
         }
-    for (int64_t m0 = 0; m0 < p.padded_tokens; m0 += 2 * kTile)
-      for (int64_t r = 0; r < rows; r += 32) {
-        alignas(64) float sums[64][kTile] = {};
-        const bool both = m0 + kTile < p.padded_tokens;
-        (both ? product<2> : product<1>)(p, w + r / 32 * pair, sw + r, block, m0, sums);
-        store_block(p, n0 + r, end, m0, 32, sums);
-        if (both) store_block(p, n0 + r, end, m0 + kTile, 32, sums + 32);
-      }
+    }
+    for (int64_t m0 = 0; m0 < p.padded_tokens; m0 += kTile)
+      store_block(p, n0, end, m0, int(w.rows), sums + m0 / kTile * w.rows);
   }
   _tile_release();
 }

@@ -6,37 +6,44 @@
 
 namespace flexq {
 
+constexpr int32_t kInfinityBits = 0x7f800000;
+
 __attribute__((always_inline)) inline int64_t quantize_token(const Problem& p, int64_t token) {
   const float* row = p.x + token * p.features;
-  const float top = float((1 << (p.activation_bits - 1)) - 1);
+  const float top = float((1 << (p.activation_bits - 1)) - 1), bottom = -top - 1.0f;
   for (int64_t g = 0; g < p.groups; ++g) {
-    alignas(64) float values[kGroup] = {};
-    alignas(64) int8_t codes[kGroup] = {};
+    alignas(64) float values[kGroup];
+    alignas(64) int8_t codes[kGroup];
     const int64_t first = g * kGroup;
     const int64_t count = p.features - first < kGroup ? p.features - first : kGroup;
+    if (count < kGroup) std::memset(values, 0, sizeof values);
     std::memcpy(values, row + first, size_t(count) * sizeof(float));
-    float largest = 0.0f;
+    // Without their sign, floats are ordered as their bits are, with infinity and NaN above all numbers: one integer maximum,
+    // which unlike a float one vectorises, finds the largest magnitude and whatever is not finite.
+    int32_t largest_bits = 0;
     for (int i = 0; i < kGroup; ++i) {
-      const float magnitude = __builtin_fabsf(values[i]);
-      largest = magnitude > largest ? magnitude : largest;
+      int32_t bits;
+      std::memcpy(&bits, &values[i], 4);
+      bits &= 0x7fffffff;
+      largest_bits = bits > largest_bits ? bits : largest_bits;
     }
-    int bad = 0;  // a NaN passes every comparison of the maximum unnoticed
-    for (int i = 0; i < kGroup; ++i) bad |= !(__builtin_fabsf(values[i]) <= 3.40282347e38f);
-    if (bad) {
+    if (largest_bits >= kInfinityBits) {
       for (int64_t i = 0; i < count; ++i)
         if (!(__builtin_fabsf(values[i]) <= 3.40282347e38f)) return token * p.features + first + i;
     }
+    float largest;
+    std::memcpy(&largest, &largest_bits, 4);
     const float scale = largest / top;
+    const float divisor = scale > 0.0f ? scale : 1.0f;  // an all-zero group has codes of zero
     int32_t sum = 0;
-    if (scale > 0.0f) {
-      for (int i = 0; i < kGroup; ++i) {
-        // Adding 1.5 * 2^23 rounds half to even at the last bit of an integer; a true division, as the definition says.
-        float code = (values[i] / scale + 12582912.0f) - 12582912.0f;
-        code = code > top ? top : code;
-        code = code < -top - 1.0f ? -top - 1.0f : code;
-        codes[i] = int8_t(code);
-        sum += int32_t(code);
-      }
+    for (int i = 0; i < kGroup; ++i) {
+      // Adding 1.5 * 2^23 rounds half to even at the last bit of an integer; a true division, as the definition says.
+      float code = (values[i] / divisor + 12582912.0f) - 12582912.0f;
+      code = code < top ? code : top;
+      code = code > bottom ? code : bottom;
+      const int32_t integer = int32_t(code);
+      codes[i] = int8_t(integer);
+      sum += integer;
     }
     if (p.few()) {
       uint8_t* out = p.codes + (token * p.groups + g) * kGroup;
