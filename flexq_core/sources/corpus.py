@@ -92,7 +92,7 @@ def documents(packages: Iterable[str], *, without: Iterable[str] = ()) -> list[s
 
     without: texts none of whose paragraphs, nor sentences of 60 characters and more, may appear.
     """
-    banned_text = [text for text in without]
+    banned_text = list(without)
     seen = {fingerprint(p) for text in banned_text for p in paragraphs(text)}
     banned = {fingerprint(s) for text in banned_text for s in _sentences(text)}
     kept = []

@@ -272,7 +272,8 @@ machine: {DEMO_MODELS[name].shows}. It knows how docstrings sound and nothing el
 |---|---|
 | bits per character, held out | {bits:.4f} |
 | held-out text | {facts["held_out"]}, {facts["held_out_characters"]} characters, sha256 `{facts["held_out_sha256"]}` |
-| training text | {facts["training_characters"]} characters, {facts["training_tokens"]} tokens, sha256 `{facts["training_sha256"]}` |
+| training text | {facts["training_characters"]} characters, {facts["training_tokens"]} tokens |
+| its sha256 | `{facts["training_sha256"]}` |
 | docstrings of | {packages} |
 | recipe | `python -m flexq_core.sources.demo train {name}`: {settings} |
 | trained | {seconds:.0f} s on one {hardware}, torch {torch.__version__} |

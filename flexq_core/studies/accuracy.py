@@ -6,6 +6,7 @@ The module that is scored here is the module that is timed and saved. Every figu
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -324,7 +325,7 @@ def claims(table: pd.DataFrame, *, outliers: float) -> list[tuple[str, bool, str
     ordered = [method for method in ORDER if method in best.index]
     if len(ordered) > 1:
         values = [best["perplexity"][method] for method in ordered]
-        holds = all(a > b for a, b in zip(values, values[1:], strict=False))
+        holds = all(a > b for a, b in itertools.pairwise(values))
         found.append(
             (f"perplexity falls in the order {' > '.join(ordered)}", holds, " > ".join(f"{v:.3f}" for v in values))
         )

@@ -45,7 +45,9 @@ def methods(activation_bits: int) -> dict[str, Callable[[nn.Linear], Callable[[T
     """Method → maker of a callable from a float32 linear layer."""
     precision = LayerPrecision(6, activation_bits)
     made: dict[str, Callable] = {
-        f"flexq w6a{activation_bits}": lambda linear: FlexQLinear.from_linear(linear, precision=precision, backend="cpu"),
+        f"flexq w6a{activation_bits}": lambda linear: FlexQLinear.from_linear(
+            linear, precision=precision, backend="cpu"
+        ),
         "torch fp32": lambda linear: linear,
         "torch bf16": lambda linear: linear.to(torch.bfloat16),
     }
@@ -143,8 +145,12 @@ def _times_us(name: str, layers: list[Callable], x: Tensor, repeats: int) -> Ten
 def main(arguments: list[str] | None = None) -> int:
     """The command line; see `--help`."""
     parser = argparse.ArgumentParser(prog="python -m flexq_core.studies.kernels", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 512], help="batch sizes (default: 1 8 64 512)")
-    parser.add_argument("--shapes", nargs="+", default=[f"{n}x{k}" for n, k in LLAMA_7B], help="NxK (default: LLaMA-7B's)")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1, 8, 64, 512], help="batch sizes (default: 1 8 64 512)"
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", default=[f"{n}x{k}" for n, k in LLAMA_7B], help="NxK (default: LLaMA-7B's)"
+    )
     parser.add_argument("--activation-bits", type=int, choices=(6, 8), default=6, help="(default: 6)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: torch's)")
     parser.add_argument("--repeats", type=int, default=30, help="timed calls each (default: 30)")
