@@ -2,8 +2,9 @@
 
 A build lives under TORCH_EXTENSIONS_DIR, or torch's default cache, in a folder named after the digest of everything that
 decides it: all files of the kernel's folder, flags, compiler, torch and Python. What is edited is built anew beside the
-old. A lock that the operating system releases when its holder dies guards each build, and whatever a killed build left is
-cleared, so that starting again always works.
+old. It is compiled in a folder of its own that takes its final name only when it is complete: what a killed build leaves,
+or still writes, is never read. A lock that the operating system releases when its holder dies keeps others from building
+the same thing meanwhile.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +55,8 @@ def cpu_kernel() -> ModuleType:
 
     Raises BuildError, whose message says what is missing and what to do, and remembers it: it is not tried again.
     """
+    if _failed:
+        raise BuildError(_failed[0])
     try:
         return _load("flexq_cpu", KERNELS / "cpu", ["w6ax_linear.cpp"], CPU_FLAGS)
     except BuildError as error:
@@ -67,42 +72,58 @@ def _load(name: str, folder: Path, sources: list[str], flags: tuple[str, ...]) -
     module = f"{name}_{_digest(folder, flags, compiler)}"
     place = _cache() / module
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with _lock(place.with_suffix(".lock")):
-            (place / "lock").unlink(missing_ok=True)  # torch waits for ever on the one a killed build left
-            return _compile(module, [str(folder / source) for source in sources], list(flags), place)
+        if not place.is_dir():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(place.with_suffix(".lock")):
+                if not place.is_dir():  # nobody else built it while this one waited
+                    _compile(module, [str(folder / source) for source in sources], list(flags), place)
     except OSError as error:
         raise BuildError(
             f"the kernel's cache {place} cannot be written ({error.strerror or error}); set TORCH_EXTENSIONS_DIR to a "
             "folder that can"
         ) from error
+    return _import(module, place)
 
 
-def _compile(module: str, sources: list[str], flags: list[str], place: Path) -> ModuleType:
+def _compile(module: str, sources: list[str], flags: list[str], place: Path) -> None:
     from torch.utils import cpp_extension
 
-    library = place / f"{module}.so"
-    if not library.is_file():
-        print(f"compiling the kernel once (about 15 s), cached in {place}", file=sys.stderr, flush=True)
+    for abandoned in place.parent.glob(f"{module}.building-*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    building = Path(tempfile.mkdtemp(prefix=f"{module}.building-", dir=place.parent))
+    print(f"compiling the kernel once (about 15 s), cached in {place}", file=sys.stderr, flush=True)
     start = time.perf_counter()
     before = os.environ.get("PATH", "")
     # ninja is installed beside this Python, which need not be on the PATH.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
     try:
-        loaded = cpp_extension.load(
-            name=module, sources=sources, extra_cflags=flags, extra_ldflags=["-fopenmp"], build_directory=str(place)
+        cpp_extension.load(
+            name=module, sources=sources, extra_cflags=flags, extra_ldflags=["-fopenmp"], build_directory=str(building)
         )
+        building.rename(place)
     except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
-        # A library that a full disk or a kill cut short is not a library: clear it, so that the next try starts clean.
-        shutil.rmtree(place, ignore_errors=True)
-        reason = str(error).strip().splitlines()
-        detail = next((line for line in reason if "error" in line.lower()), reason[0] if reason else "")
-        raise BuildError(f"compiling the kernel failed: {detail}; run again for a fresh try") from error
+        raise BuildError(f"compiling the kernel failed: {_gist(error)}; mend that and run again") from error
     finally:
         os.environ["PATH"] = before
-    seconds = time.perf_counter() - start
-    if seconds > 5:
-        print(f"compiled in {seconds:.0f} s", file=sys.stderr, flush=True)
+        shutil.rmtree(building, ignore_errors=True)
+    print(f"compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def _gist(error: Exception) -> str:
+    """The line of a build's output that says what went wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "error:" in line or "No space left" in line]
+    return (telling or lines[-1:] or [type(error).__name__])[0]
+
+
+def _import(module: str, place: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(module, place / f"{module}.so")
+    try:
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+    except ImportError as error:  # cut short by a crash of the machine, say: make room for a fresh one
+        shutil.rmtree(place, ignore_errors=True)
+        raise BuildError(f"the kernel in {place} cannot be loaded ({error}); it was removed, run again") from error
     return loaded
 
 
@@ -155,7 +176,7 @@ def _lock(path: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise BuildError(
-                        f"another process has held {path} for {WAIT_SECONDS} s; end it, or delete its folder"
+                        f"another process has held {path} for {WAIT_SECONDS} s; end it, and run again"
                     ) from None
                 time.sleep(0.2)
         yield

@@ -72,8 +72,8 @@ def continuation_questions(text: str, *, seed: int = 0) -> list[dict[str, Any]]:
             pieces.append((words[max(0, start - CONTEXT_CHARACTERS) : start], words[start:]))
     chooser = random.Random(seed)
     questions = []
-    for index, (context, ending) in enumerate(pieces):
-        others = [other for place, (_, other) in enumerate(pieces) if place != index and other != ending]
+    for context, ending in pieces:
+        others = sorted({other for _, other in pieces} - {ending})
         endings = chooser.sample(others, CHOICES - 1)
         label = chooser.randrange(CHOICES)
         endings.insert(label, ending)

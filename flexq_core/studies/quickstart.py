@@ -130,7 +130,10 @@ def plot_sizes(table: pd.DataFrame) -> Figure:
     figure, axis = plt.subplots(figsize=(figures.HALF_PAGE[0], 1.9))
     colours = [figures.MAIN if form == "FlexQ" else figures.NEUTRAL for form in table["form"]]
     bars = axis.barh(table["form"], table["size_mib"], color=colours)
-    labels = [f"{size:.1f} MiB, {bits:.3g} bits" for size, bits in zip(table["size_mib"], table["bits_per_weight"], strict=False)]
+    labels = [
+        f"{size:.1f} MiB, {bits:.3g} bits"
+        for size, bits in zip(table["size_mib"], table["bits_per_weight"], strict=False)
+    ]
     axis.bar_label(bars, labels, padding=3)
     axis.set(xlabel="linear weights (MiB)", xlim=(0, table["size_mib"].max() * 1.45))
     axis.invert_yaxis()

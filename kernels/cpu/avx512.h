@@ -40,46 +40,36 @@ FLEXQ_AVX512 inline __m512i expand(const uint8_t* packed, const Expander& e) {
 
 FLEXQ_AVX512 inline int64_t quantize(const Problem& p, int64_t token) { return quantize_token(p, token); }
 
-// Few tokens: packed rows straight from memory, two at a time so that they share the loads of activations. Those are unsigned
-// (q + 128), weights signed; what the offset adds, 128 * sum(w), depends on the weights alone and starts every token's sum.
+// Few tokens: packed rows straight from memory. Activations are unsigned (q + 128), weights signed; what the offset adds,
+// 128 * sum(w), depends on the weights alone and is where every token's sum starts.
 template <int Tokens>
 FLEXQ_AVX512 inline void rows_of(const Problem& p, int64_t begin, int64_t end) {
-  constexpr int kRows = 2;
   const Expander e = expander();
   const __m512i offset = _mm512_set1_epi8(32), flip = _mm512_set1_epi8(char(0x80)), zero = _mm512_setzero_si512();
-  const int64_t ahead = 2048;  // bytes along a row: covers the latency of memory
-  for (int64_t n0 = begin; n0 < end; n0 += kRows) {
-    const int64_t row[kRows] = {n0, n0 + 1 < end ? n0 + 1 : n0};
-    __m512 sums[kRows][Tokens];
-    for (int r = 0; r < kRows; ++r)
-      for (int m = 0; m < Tokens; ++m) sums[r][m] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < p.groups; ++g) {
-      __m512i w[kRows][2], start[kRows];
-      alignas(32) float scale[kRows][kFewTokens];
-#pragma GCC unroll 2
-      for (int r = 0; r < kRows; ++r) {
-        const uint8_t* packed = p.packed(row[r], g);
-        _mm_prefetch(reinterpret_cast<const char*>(packed + ahead), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(packed + ahead + 64), _MM_HINT_T0);
-        w[r][0] = _mm512_sub_epi8(expand(packed, e), offset);
-        w[r][1] = _mm512_sub_epi8(expand(packed + 48, e), offset);
-        start[r] = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, flip, w[r][0]), flip, w[r][1]));
-        const __m256 sw = _mm256_set1_ps(half_to_float(p.scale[row[r] * p.groups + g]));
-        _mm256_store_ps(scale[r], _mm256_mul_ps(sw, _mm256_load_ps(p.scales + g * kFewTokens)));
-      }
+  const int64_t ahead = 8192;  // bytes; rows follow one another, so that this is one stream, fetched well before its use
+  const uint8_t* packed = p.packed(begin, 0);
+  for (int64_t n = begin; n < end; ++n) {
+    __m512 sums[Tokens];
+    for (int m = 0; m < Tokens; ++m) sums[m] = _mm512_setzero_ps();
+    const uint8_t* codes = p.codes;
+    for (int64_t g = 0; g < p.groups; ++g, packed += kGroupBytes, codes += kGroup) {
+      _mm_prefetch(reinterpret_cast<const char*>(packed + ahead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(packed + ahead + 64), _MM_HINT_T0);
+      const __m512i w0 = _mm512_sub_epi8(expand(packed, e), offset);
+      const __m512i w1 = _mm512_sub_epi8(expand(packed + 48, e), offset);
+      const __m512i start = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, flip, w0), flip, w1));
+      alignas(32) float scale[kFewTokens];  // of all tokens at once; each is then broadcast by the load that uses it
+      const __m256 sw = _mm256_set1_ps(_cvtsh_ss(p.scale[n * p.groups + g]));
+      _mm256_store_ps(scale, _mm256_mul_ps(sw, _mm256_load_ps(p.scales + g * kFewTokens)));
 #pragma GCC unroll 8
       for (int m = 0; m < Tokens; ++m) {
-        const uint8_t* codes = p.codes + (m * p.groups + g) * kGroup;
-        const __m512i x0 = _mm512_load_si512(codes), x1 = _mm512_load_si512(codes + 64);
-#pragma GCC unroll 2
-        for (int r = 0; r < kRows; ++r) {
-          const __m512i inner = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start[r], x0, w[r][0]), x1, w[r][1]);
-          sums[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(inner), _mm512_set1_ps(scale[r][m]), sums[r][m]);
-        }
+        const uint8_t* x = codes + m * p.groups * kGroup;
+        const __m512i inner = _mm512_dpbusd_epi32(start, _mm512_load_si512(x), w0);
+        const __m512i whole = _mm512_dpbusd_epi32(inner, _mm512_load_si512(x + 64), w1);
+        sums[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(scale[m]), sums[m]);
       }
     }
-    for (int r = 0; r < kRows; ++r)
-      for (int m = 0; m < Tokens; ++m) p.y[m * p.outputs + row[r]] = finish(p, row[r], _mm512_reduce_add_ps(sums[r][m]));
+    for (int m = 0; m < Tokens; ++m) p.y[m * p.outputs + n] = finish(p, n, _mm512_reduce_add_ps(sums[m]));
   }
 }
 
@@ -157,7 +147,7 @@ FLEXQ_AVX512 inline void tiles(const Problem& p, int64_t begin, int64_t end) {
       for (int64_t g = 0; g < p.groups; ++g) {
         _mm512_store_si512(w + r * stride + g * kGroup, expand(p.packed(n, g), e));
         _mm512_store_si512(w + r * stride + g * kGroup + kTileK, expand(p.packed(n, g) + 48, e));
-        sw[g * block + r] = half_to_float(p.scale[n * p.groups + g]);
+        sw[g * block + r] = _cvtsh_ss(p.scale[n * p.groups + g]);
       }
     }
     for (int64_t m0 = 0; m0 < p.padded_tokens; m0 += kTile)
@@ -244,7 +234,7 @@ FLEXQ_AVX512 inline void expand_window(const Problem& p, const Window& w, int64_
           int8_t* out = w.codes + (tile / kTile * w.groups + g) * 2 * kTileBytes + (r - tile) * kTileK;
           _mm512_store_si512(out, _mm512_sub_epi8(expand(packed, e), offset));
           _mm512_store_si512(out + kTileBytes, _mm512_sub_epi8(expand(packed + 48, e), offset));
-          w.scales[g * w.rows + r] = half_to_float(p.scale[n * p.groups + first + g]);
+          w.scales[g * w.rows + r] = _cvtsh_ss(p.scale[n * p.groups + first + g]);
         }
       }
 }

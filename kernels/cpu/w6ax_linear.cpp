@@ -52,7 +52,7 @@ int64_t run(Problem p, const Path& path, int threads) {
       for (int64_t m = p.tokens; m < stored; ++m) p.scales[g * stored + m] = 0.0f, p.corrections[g * stored + m] = 0;
   }
   std::atomic<int64_t> bad{INT64_MAX};
-#pragma omp parallel for num_threads(threads) schedule(static) if (p.tokens * p.features > 65536)
+#pragma omp parallel for num_threads(threads) schedule(static) if (p.tokens * p.features > 16384)
   for (int64_t m = 0; m < p.tokens; ++m) {
     const int64_t index = path.quantize(p, m);
     for (int64_t seen = bad; index >= 0 && index < seen && !bad.compare_exchange_weak(seen, index);) {

@@ -1,0 +1,70 @@
+"""Models by name: what is found, and one clear sentence with a next step for what is not."""
+
+import pytest
+import torch
+
+from flexq_core.sources import demo
+from flexq_core.sources.models import HUB_MODELS, ModelError, load_model, locate_model
+from tests.models import tiny_model
+
+
+def test_names_lead_to_places(tmp_path):
+    assert locate_model("demo-llama") == str(demo.demo_path("demo-llama"))
+    assert locate_model("llama-2-7b") == "meta-llama/Llama-2-7b-hf"
+    assert locate_model("someone/some-model") == "someone/some-model"
+    (tmp_path / "config.json").write_text("{}")
+    assert locate_model(str(tmp_path)) == str(tmp_path)
+    assert len(HUB_MODELS) == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("no-such-model", r"no model is called 'no-such-model'.* Accepted: demo-llama, demo-opt, llama-7b"),
+        ("demo-lama", "Did you mean 'demo-llama'"),
+        ("lama-2-7b", "Did you mean 'llama-2-7b'"),
+        ("./nowhere", "no model is called"),
+    ],
+)
+def test_an_unknown_name_says_what_is_accepted(name, text):
+    with pytest.raises(ModelError, match=text):
+        locate_model(name)
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(ModelError, match="holds no config.json"):
+        load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match="not a complete causal language model with safetensors weights"):
+        load_model(str(tmp_path))
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    model = tiny_model("llama")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    for file in demo.demo_path("demo-llama").glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ModelError, match="safetensors"):
+        load_model(str(tmp_path))
+
+
+def test_without_network_the_message_names_the_next_step(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"cannot load the model 'opt-125m' \(facebook/opt-125m\)") as error:
+        load_model("opt-125m")
+    assert "the folder of a snapshot" in str(error.value)
+
+
+def test_the_fingerprint_follows_the_weights(tmp_path):
+    model = tiny_model("llama")
+    for file in demo.demo_path("demo-llama").glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    model.save_pretrained(tmp_path)
+    first = load_model(str(tmp_path)).fingerprint
+    assert load_model(str(tmp_path)).fingerprint == first
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    model.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).fingerprint != first
