@@ -82,7 +82,7 @@ def _load(name: str, folder: Path, sources: list[str], flags: tuple[str, ...]) -
             f"the kernel's cache {place} cannot be written ({error.strerror or error}); set TORCH_EXTENSIONS_DIR to a "
             "folder that can"
         ) from error
-    return _import(module, place)
+    return _import(place)
 
 
 def _compile(module: str, sources: list[str], flags: list[str], place: Path) -> None:
@@ -116,12 +116,13 @@ def _gist(error: Exception) -> str:
     return (telling or lines[-1:] or [type(error).__name__])[0]
 
 
-def _import(module: str, place: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(module, place / f"{module}.so")
+def _import(place: Path) -> ModuleType:
     try:
+        (library,) = place.glob("*.so")  # torch numbers the names of what one process builds again
+        spec = importlib.util.spec_from_file_location(library.stem, library)
         loaded = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(loaded)
-    except ImportError as error:  # cut short by a crash of the machine, say: make room for a fresh one
+    except (ImportError, ValueError) as error:  # cut short by a crash of the machine, say: make room for a fresh one
         shutil.rmtree(place, ignore_errors=True)
         raise BuildError(f"the kernel in {place} cannot be loaded ({error}); it was removed, run again") from error
     return loaded
