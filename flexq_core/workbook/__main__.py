@@ -34,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     run.set_defaults(command=_run)
     commands.add_parser("report", help="build outputs/report.html from what has run").set_defaults(command=_report)
+    keep = commands.add_parser("reference", help="keep this machine's records in outputs/reference/")
+    keep.set_defaults(command=_reference)
     readme = commands.add_parser("readme", help="make the README's results table anew from outputs/reference/")
     readme.set_defaults(command=_readme)
     return parser
@@ -56,6 +58,13 @@ def _run(options: argparse.Namespace) -> int:
 def _report(_: argparse.Namespace) -> int:
     page = build_report()
     print(f"\nreport     {page}\nnotebooks  {page.parent / 'notebooks'}\nrecords    {page.parent / 'records'}")
+    return 0
+
+
+def _reference(_: argparse.Namespace) -> int:
+    for file in sorted((paths.outputs() / "records").glob("*.jsonl")):
+        write_atomically(paths.REFERENCE / "records" / file.name, file.read_text(encoding="utf-8"))
+        print(paths.REFERENCE / "records" / file.name)
     return 0
 
 

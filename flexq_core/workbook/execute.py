@@ -75,9 +75,10 @@ def _this_python_as_kernel():
         spec.mkdir(parents=True)
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "FlexQ", "language": "python"}))
-        before = {name: os.environ.get(name) for name in ("JUPYTER_PATH", "PYTHONPATH")}
+        before = {name: os.environ.get(name) for name in ("JUPYTER_PATH", "PYTHONPATH", "FLEXQ_HEADLESS")}
         for name, entry in (("JUPYTER_PATH", folder), ("PYTHONPATH", str(paths.ROOT))):
             os.environ[name] = os.pathsep.join(filter(None, (entry, before[name])))
+        os.environ["FLEXQ_HEADLESS"] = "1"
         try:
             yield
         finally:

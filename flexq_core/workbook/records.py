@@ -29,10 +29,11 @@ from flexq_core.workbook.machine import provenance
 
 
 class Measurement(NamedTuple):
-    """A value and its unit; `1` for plain numbers."""
+    """A value, its unit (`1` for plain numbers) and what there is to say about it; no value means skipped."""
 
-    value: float
+    value: float | None
     unit: str
+    note: str = ""
 
 
 class Skipped(Exception):  # noqa: N818 - a state of a study, not an error
@@ -104,9 +105,7 @@ class Records:
         try:
             measured = compute()
         except Skipped as skipped:
-            fresh = [Record(**facts, metric="skipped", value=None, unit="", status="skipped", reason=str(skipped))]
-            self._write(key, fresh)
-            return {record.metric: record for record in fresh}
+            measured = {"skipped": Measurement(None, "", str(skipped))}
         return self._measured(facts, measured)
 
     def replace(
@@ -137,8 +136,15 @@ class Records:
 
     def _measured(self, facts: dict[str, Any], measured: Mapping[str, Measurement]) -> dict[str, Record]:
         fresh = [
-            Record(**facts, metric=metric, value=_finite(metric, value), unit=unit, status="ok", reason="")
-            for metric, (value, unit) in measured.items()
+            Record(
+                **facts,
+                metric=metric,
+                value=_finite(metric, value),
+                unit=unit,
+                status="skipped" if value is None else "ok",
+                reason=note,
+            )
+            for metric, (value, unit, note) in measured.items()
         ]
         self._write(facts["key"], fresh)
         return {record.metric: record for record in fresh}
@@ -217,8 +223,8 @@ def source_digest(study: str) -> str:
     return digest.hexdigest()
 
 
-def _finite(metric: str, value: float) -> float:
-    if not math.isfinite(value):
+def _finite(metric: str, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
         raise RecordError(f"{metric} came out as {value}: not a figure that can be recorded")
     return value
 

@@ -80,17 +80,12 @@ def build_report(folder: Path | None = None) -> Path:
     studies = []
     for study in sorted(records["study"].unique()):
         mine = claims[claims["study"] == study].sort_values("time").drop_duplicates(["model", "metric"], keep="last")
-        skipped = records[(records["study"] == study) & (records["status"] == "skipped")]
+        skipped = records[(records["study"] == study) & (records["metric"] == "skipped")]
         studies.append(
             {
                 "name": study,
                 "claims": [
-                    {
-                        "model": r.model,
-                        "text": r.metric[6:],
-                        "holds": r.value == 1,
-                        "detail": r.unit if r.unit != "1" else "",
-                    }
+                    {"model": r.model, "text": r.metric[6:], "verdict": _verdict(r), "detail": r.reason}
                     for r in mine.itertuples()
                 ],
                 "skipped": [f"{r.model} {r.method}: {r.reason}" for r in skipped.itertuples()],
@@ -114,6 +109,12 @@ def readme_with_results(readme: str, records: pd.DataFrame) -> str:
     table = readable(accuracy_table(records)).to_markdown(index=False)
     machine = ", ".join(sorted(records["device"].unique()))
     return f"{before}{README_MARKS[0]}\n{table}\n\nMeasured on: {machine}.\n{README_MARKS[1]}{after}"
+
+
+def _verdict(claim) -> str:
+    if claim.status != "ok":
+        return "skipped"
+    return "holds" if claim.value == 1 else "fails"
 
 
 def _figures(folder: Path):
@@ -154,14 +155,15 @@ figure img { width: 100% } figcaption { font-size: .88rem; color: #555 } .small 
 {% for row in headline.itertuples(index=False) %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
 <p class="small">Perplexity and its change against the unquantised model. <i>simulate</i>: fake quantisation, as papers measure
-accuracy; <i>cpu</i>, <i>reference</i>: the packed weights that are saved, on the kernel and in plain torch; <i>torch</i>: unquantised.
+accuracy; <i>cpu</i>, <i>reference</i>: the packed weights that are saved, on the kernel and in plain torch;
+<i>torch</i>: unquantised.
 The demo models' text is the Python documentation, not WikiText-2: these numbers are never set beside the paper's.</p>
 {% endif %}
 {% for study in studies %}
 <h2>{{ study.name }}</h2>
 {% if study.claims %}<table class="claims"><tr><th></th><th>model</th><th>claim</th><th>measured</th></tr>
-{% for claim in study.claims %}<tr><td class="{{ "holds" if claim.holds else "fails" }}">
-{{ "holds" if claim.holds else "does not hold" }}</td><td>{{ claim.model }}</td><td>{{ claim.text }}</td>
+{% for claim in study.claims %}<tr><td class="{{ claim.verdict }}">
+{{ claim.verdict }}</td><td>{{ claim.model }}</td><td>{{ claim.text }}</td>
 <td>{{ claim.detail }}</td></tr>
 {% endfor %}</table>{% endif %}
 {% for line in study.skipped %}<p class="skipped">skipped: {{ line }}</p>{% endfor %}
@@ -169,7 +171,8 @@ The demo models' text is the Python documentation, not WikiText-2: these numbers
 <figcaption>{{ figure.model }}: {{ figure.caption }}</figcaption></figure>
 {% endfor %}
 {% if study.notebooks %}<p class="small">Executed:
-{% for name in study.notebooks %}<a href="notebooks/{{ name }}">{{ name }}</a>{{ ", " if not loop.last }}{% endfor %}</p>{% endif %}
+{% for name in study.notebooks %}<a href="notebooks/{{ name }}">{{ name }}</a>{{ ", " if not loop.last }}{% endfor %}
+</p>{% endif %}
 {% endfor %}
 </body></html>
 """
