@@ -29,8 +29,8 @@ env:  ## make or update .venv from env/requirements.lock
 lock: env  ## resolve env/requirements.in into env/requirements.lock
 	@env/lock
 
-reference: env  ## keep this machine's records in outputs/reference/
-	@$(BIN)/python -m flexq_core.workbook reference
+reference: env  ## keep this machine's records in outputs/reference/$(MACHINE)/ (cpu unless set)
+	@$(BIN)/python -m flexq_core.workbook reference $(or $(MACHINE),cpu)
 
 readme: env  ## make the README's results table from outputs/reference/
 	@$(BIN)/python -m flexq_core.workbook readme

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
+from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from flexq_core.workbook import paths
 from flexq_core.workbook.execute import DEMO, NotebookError, execute, execute_all
-from flexq_core.workbook.records import RecordError, load_records, write_atomically
+from flexq_core.workbook.records import RecordError, is_current, load_records, read_jsonl, write_atomically, write_jsonl
 from flexq_core.workbook.report import accuracy_table, build_report, readable, readme_with_results
 from flexq_core.workbook.run import ParameterError
 
@@ -34,7 +37,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     run.set_defaults(command=_run)
     commands.add_parser("report", help="build outputs/report.html from what has run").set_defaults(command=_report)
-    keep = commands.add_parser("reference", help="keep this machine's records in outputs/reference/")
+    keep = commands.add_parser(
+        "reference", help="keep this machine's records in outputs/reference/<machine>/, but those of local folders"
+    )
+    keep.add_argument("machine", help="a name for it: cpu, h200, ...")
     keep.set_defaults(command=_reference)
     readme = commands.add_parser("readme", help="make the README's results table anew from outputs/reference/")
     readme.set_defaults(command=_readme)
@@ -61,16 +67,22 @@ def _report(_: argparse.Namespace) -> int:
     return 0
 
 
-def _reference(_: argparse.Namespace) -> int:
+def _reference(options: argparse.Namespace) -> int:
     for file in sorted((paths.outputs() / "records").glob("*.jsonl")):
-        write_atomically(paths.REFERENCE / "records" / file.name, file.read_text(encoding="utf-8"))
-        print(paths.REFERENCE / "records" / file.name)
+        kept = [record for record in read_jsonl(file) if is_current(record) and not Path(record.model).is_absolute()]
+        if kept:
+            copy = paths.REFERENCE / paths.model_label(options.machine) / "records" / file.name
+            write_jsonl(copy, kept)
+            print(f"{copy}: {len(kept)} records")
     return 0
 
 
 def _readme(_: argparse.Namespace) -> int:
     readme = paths.ROOT / "README.md"
-    write_atomically(readme, readme_with_results(readme.read_text(), load_records(paths.REFERENCE)))
+    records = pd.concat(
+        [load_records(folder) for folder in sorted(paths.REFERENCE.glob("*/"))] or [load_records(paths.REFERENCE)]
+    )
+    write_atomically(readme, readme_with_results(readme.read_text(encoding="utf-8"), records))
     return 0
 
 

@@ -36,10 +36,11 @@ def execute(study: str, parameters: Mapping[str, Any]) -> Path:
     notebook = paths.NOTEBOOKS / f"{study}.ipynb"
     check_parameters(study, parameters)
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    label = str(parameters.get("model", "")).strip("/").replace("/", "--")
-    copy = paths.outputs() / "notebooks" / (f"{study}-{label}.ipynb" if label else f"{study}.ipynb")
+    model = parameters.get("model")
+    copy = paths.outputs() / "notebooks" / (f"{study}-{paths.model_label(model)}.ipynb" if model else f"{study}.ipynb")
     copy.parent.mkdir(parents=True, exist_ok=True)
     with _this_python_as_kernel():
         try:
@@ -48,6 +49,11 @@ def execute(study: str, parameters: Mapping[str, Any]) -> Path:
             )
         except PapermillExecutionError as error:
             raise NotebookError(f"{study} failed: {error.ename}: {error.evalue}\npartial copy: {copy}") from None
+        except DeadKernelError:
+            raise NotebookError(
+                f"{study} failed: its Python process died, most likely for want of memory; run again, finished work is not "
+                f"repeated\npartial copy: {copy}"
+            ) from None
     return copy
 
 
@@ -73,7 +79,8 @@ def _this_python_as_kernel():
     with tempfile.TemporaryDirectory(prefix="flexq-kernel-") as folder:
         spec = Path(folder) / "kernels" / KERNEL
         spec.mkdir(parents=True)
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        # Errors only: it warns that its local socket is not encrypted, and means nothing to a reader.
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
         (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "FlexQ", "language": "python"}))
         before = {name: os.environ.get(name) for name in ("JUPYTER_PATH", "PYTHONPATH", "FLEXQ_HEADLESS")}
         for name, entry in (("JUPYTER_PATH", folder), ("PYTHONPATH", str(paths.ROOT))):

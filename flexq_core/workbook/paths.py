@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,11 @@ REFERENCE = ROOT / "outputs" / "reference"
 def outputs() -> Path:
     """The folder that runs write to: FLEXQ_OUTPUTS, relative to the repository, or its outputs/."""
     return ROOT / (os.environ.get("FLEXQ_OUTPUTS") or "outputs")
+
+
+def model_label(model: str) -> str:
+    """A model's name as a file's: `org/name` as `org--name`; no folder's name leads out of the outputs."""
+    return re.sub(r"[^\w.-]+", "--", model).strip("-.") or "model"
 
 
 def in_log() -> bool:

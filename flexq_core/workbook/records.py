@@ -16,7 +16,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -126,11 +126,7 @@ class Records:
 
     def _facts(self, model: str, method: str, parameters: Mapping[str, Any], seed: int) -> dict[str, Any]:
         inputs = {"study": self.study, "model": model, "method": method, "parameters": dict(parameters), "seed": seed}
-        try:
-            canonical = json.dumps(inputs | {"source": source_digest(self.study)}, sort_keys=True, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise RecordError(f"parameters must be plain finite JSON values: {error}") from error
-        key = hashlib.sha256(canonical.encode()).hexdigest()
+        key = _key(inputs)
         self._seen.add(key)
         return {**inputs, "key": key, **provenance(self.device)}
 
@@ -154,8 +150,7 @@ class Records:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(self.path.with_suffix(".lock")):
                 kept = [record for record in read_jsonl(self.path) if record.key != key]
-                lines = "".join(json.dumps(asdict(record), sort_keys=True) + "\n" for record in kept + fresh)
-                write_atomically(self.path, lines)
+                write_jsonl(self.path, kept + fresh)
         except OSError as error:
             raise RecordError(
                 f"cannot write {self.path}: {error.strerror or error}. Records written before are intact; free space or "
@@ -163,21 +158,43 @@ class Records:
             ) from error
 
 
+def is_current(record: Record) -> bool:
+    """Whether this source would compute the record: nothing that decides its value has changed since."""
+    return record.key == _key({name: getattr(record, name) for name in _INPUTS})
+
+
+_INPUTS = ("study", "model", "method", "parameters", "seed")
+
+
+def _key(inputs: Mapping[str, Any]) -> str:
+    source = source_digest(inputs["study"])
+    try:
+        canonical = json.dumps({**inputs, "source": source}, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"parameters must be plain finite JSON values: {error}") from error
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
 def read_jsonl(path: Path) -> list[Record]:
     """Records of one file, none if it is absent; RecordError names the first line that is not a record."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return []
     records = []
     for number, line in enumerate(lines, 1):
         try:
             records.append(Record(**json.loads(line)))
-        except (TypeError, json.JSONDecodeError) as error:
+        except (TypeError, ValueError) as error:  # not JSON, not text, or not these fields
             raise RecordError(
                 f"{path}, line {number} is not a record ({error}); move the file away to start anew"
             ) from None
     return records
+
+
+def write_jsonl(path: Path, records: Iterable[Record]) -> None:
+    """Write records in place of a file's, whole or not at all."""
+    write_atomically(path, "".join(json.dumps(asdict(record), sort_keys=True) + "\n" for record in records))
 
 
 def load_records(folder: Path | None = None) -> pd.DataFrame:
@@ -226,7 +243,7 @@ def source_digest(study: str) -> str:
 def _finite(metric: str, value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise RecordError(f"{metric} came out as {value}: not a figure that can be recorded")
-    return value
+    return value if value is None or isinstance(value, int) else float(value)
 
 
 @contextmanager

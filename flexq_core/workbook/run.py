@@ -54,7 +54,7 @@ class Run:
     device: str
     outputs: Path
     records: Records
-    _claims: list[tuple[str, bool | None, str]] = field(default_factory=list, repr=False)
+    _claims: dict[str, tuple[bool | None, str]] = field(default_factory=dict, repr=False)
 
     def progress(self, iterable: Iterable, *, desc: str, total: int | None = None) -> Iterator:
         """Iterate with a bar: a live one in Jupyter and on a terminal, a line every half minute in a log."""
@@ -68,17 +68,19 @@ class Run:
 
     def figure(self, figure: Any, name: str, *, caption: str) -> Path:
         """Save a figure as SVG and PNG under outputs/figures/<study>/<model>/ and return the SVG's path."""
-        return figures.save(figure, self.outputs / "figures" / self.study / self._label(), name, caption=caption)
+        label = paths.model_label(str(self.parameters.get("model", "all")))
+        return figures.save(figure, self.outputs / "figures" / self.study / label, name, caption=caption)
 
     def claim(self, text: str, holds: bool | None, detail: str = "") -> None:
         """State a claim and whether this run's records bear it out; `finish` fails the run if one does not hold.
 
         holds: None where this machine cannot tell; then `detail` says what it lacks, and the claim counts as skipped.
         """
-        self._claims.append((text, None if holds is None else bool(holds), detail))
+        self._claims[text] = (None if holds is None else bool(holds), detail)
 
     def finish(self) -> None:
-        """Record and print the claims. Raises ClaimFailedError if there is none, or one that does not hold."""
+        """Record and print the claims made since the last call. Raises ClaimFailedError if none, or one that fails."""
+        claims, self._claims = self._claims, {}  # so that cells run again tell what they find then
         self.records.replace(
             model=str(self.parameters.get("model", "")),
             method="claims",
@@ -86,17 +88,14 @@ class Run:
             seed=int(self.parameters.get("seed", 0)),
             measured={
                 f"claim/{text}": Measurement(None if holds is None else float(holds), "1", detail)
-                for text, holds, detail in self._claims
+                for text, (holds, detail) in claims.items()
             },
         )
-        for text, holds, detail in self._claims:
+        for text, (holds, detail) in claims.items():
             print(f"{_VERDICT[holds]:<9}{text}{f'   ({detail})' if detail else ''}")
-        failed = [text for text, holds, _ in self._claims if holds is False]
-        if failed or not self._claims:
+        failed = [text for text, (holds, _) in claims.items() if holds is False]
+        if failed or not claims:
             raise ClaimFailedError("; ".join(failed) or "the notebook made no claim")
-
-    def _label(self) -> str:
-        return str(self.parameters.get("model", "all")).strip("/").replace("/", "--")
 
 
 def start(study: str, namespace: Mapping[str, Any]) -> Run:
@@ -152,6 +151,8 @@ def parse_parameters(source: str, where: str) -> dict[str, Parameter]:
         if kind is None or not help_text:
             raise ParameterError(f"{where}: {ast.get_source_segment(source, node)!r} is not a parameter; {accepted}")
         name = node.target.id
+        if name in parameters:
+            raise ParameterError(f"{where}: {name!r} is declared twice")
         try:
             default = ast.literal_eval(node.value)
         except ValueError:

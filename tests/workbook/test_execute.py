@@ -1,0 +1,100 @@
+"""Notebooks headless: what was passed arrives, a failure is an exit status, and what ran until then is kept."""
+
+import os
+import sys
+
+import nbformat
+import pytest
+from nbformat import v4
+
+from flexq_core.workbook import ParameterError, paths
+from flexq_core.workbook.__main__ import main
+from flexq_core.workbook.execute import execute, execute_all
+
+PARAMETERS = """model: str = "demo"  # which model
+count: int = 1  # how many"""
+FACTS = (
+    "import os, sys\nprint(model, count, sys.executable, os.environ['FLEXQ_HEADLESS'], os.path.basename(os.getcwd()))"
+)
+
+
+def notebook(name: str, *cells: str) -> None:
+    parameters = v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
+    made = v4.new_notebook(
+        cells=[parameters, *map(v4.new_code_cell, cells)], metadata={"language_info": {"name": "python"}}
+    )
+    nbformat.write(made, paths.NOTEBOOKS / f"{name}.ipynb")
+
+
+def printed(copy) -> str:
+    cells = nbformat.read(copy, as_version=4).cells
+    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "story")
+    monkeypatch.setenv("FLEXQ_OUTPUTS", str(tmp_path / "out"))
+    paths.NOTEBOOKS.mkdir()
+    notebook("good", FACTS)
+    notebook("bad", "print('before')", "1 / 0", "print('after')")
+    return tmp_path / "out" / "notebooks"
+
+
+def test_a_notebook_runs_with_this_python_and_what_was_passed(folder, capsys):
+    before = dict(os.environ)
+    source = (paths.NOTEBOOKS / "good.ipynb").read_bytes()
+    assert main(["run", "good", "-p", "model", "org/name", "-p", "count", "3"]) == 0
+    copy = folder / "good-org--name.ipynb"
+    assert capsys.readouterr().out.splitlines()[-1] == str(copy)
+    assert printed(copy) == f"org/name 3 {sys.executable} 1 story\n"
+    assert dict(os.environ) == before
+    assert (paths.NOTEBOOKS / "good.ipynb").read_bytes() == source
+
+
+def test_a_failure_keeps_the_partial_copy_and_the_status_says_so(folder, capsys):
+    assert main(["run", "bad"]) == 1
+    copy = folder / "bad.ipynb"
+    said = capsys.readouterr().err
+    assert "bad failed: ZeroDivisionError: division by zero" in said and f"partial copy: {copy}" in said
+    assert printed(copy) == "before\n"
+
+
+def test_a_kernel_that_dies_is_a_notebook_that_failed(folder, capsys):
+    notebook("dies", "print('before')", "import os\nos.kill(os.getpid(), 9)")
+    assert execute_all([("dies", {}), ("good", {})]) is False
+    assert "dies failed: its Python process died" in capsys.readouterr().out
+    assert printed(folder / "good.ipynb")
+
+
+def test_the_others_still_run_after_one_failed(folder, capsys):
+    assert execute_all([("bad", {"count": 2}), ("good", {})]) is False
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.split()[:4] == ["bad", "count=2", "FAILED", "after"]
+    assert rest[-1].split()[:3] == ["good", "done", "in"]
+    assert printed(folder / "good.ipynb").startswith("demo 1 ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [("modle", "x", r"Did you mean 'model'\?"), ("count", "x", "accepted: int"), ("model", 7, "accepted: str")],
+)
+def test_a_bad_parameter_is_refused_before_a_kernel_starts(folder, name, value, text):
+    with pytest.raises(ParameterError, match=text):
+        execute("good", {name: value})
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("modle", "x"), ("count", "3.5"), ("count", "true"), ("model", "7")])
+def test_a_bad_parameter_is_an_exit_status_on_the_command_line(folder, capsys, name, value):
+    assert main(["run", "good", "-p", name, value]) == 1
+    assert name in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_a_notebook_that_is_not_there_is_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "goood"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert "goood" in said and "bad" in said and "good" in said.replace("goood", "")
