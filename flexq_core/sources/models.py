@@ -10,30 +10,10 @@ from typing import Any
 
 import torch
 
+from flexq_core.sources.architectures import ARCHITECTURES
 from flexq_core.sources.demo import DEMO_MODELS, demo_path
 
-HUB_MODELS = {
-    "llama-7b": "huggyllama/llama-7b",
-    "llama-13b": "huggyllama/llama-13b",
-    "llama-30b": "huggyllama/llama-30b",
-    "llama-65b": "huggyllama/llama-65b",
-    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
-    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
-    "llama-2-70b": "meta-llama/Llama-2-70b-hf",
-    "llama-2-7b-chat": "meta-llama/Llama-2-7b-chat-hf",
-    "llama-2-13b-chat": "meta-llama/Llama-2-13b-chat-hf",
-    "llama-2-70b-chat": "meta-llama/Llama-2-70b-chat-hf",
-    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
-    "llama-3-70b": "meta-llama/Meta-Llama-3-70B",
-    "opt-125m": "facebook/opt-125m",
-    "opt-350m": "facebook/opt-350m",
-    "opt-1.3b": "facebook/opt-1.3b",
-    "opt-2.7b": "facebook/opt-2.7b",
-    "opt-6.7b": "facebook/opt-6.7b",
-    "opt-13b": "facebook/opt-13b",
-    "opt-30b": "facebook/opt-30b",
-    "opt-66b": "facebook/opt-66b",
-}
+HUB_MODELS = {name: architecture.hub_id for name, architecture in ARCHITECTURES.items()}
 """Short names of the paper's models → hub ids."""
 
 
@@ -111,6 +91,44 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype | None = No
         tokenizer=tokenizer,
         fingerprint=_fingerprint(place, config),
         context_length=DEMO_MODELS[name].context_length if name in DEMO_MODELS else config.max_position_embeddings,
+    )
+
+
+def random_model(
+    name: str, *, device: str = "cpu", dtype: torch.dtype | None = None, layers: int = 0, seed: int = 0
+) -> LoadedModel:
+    """A model of the shape of `name` with random weights, for measuring time and memory; it has no tokenizer.
+
+    name: a demo model, a model of `ARCHITECTURES` (nothing is downloaded), or a local folder.  dtype: as `load_model`.
+    layers: build this many blocks only; 0 builds all.
+    Raises ModelError for a name whose shape is not known here.
+    """
+    import transformers
+
+    place = locate_model(name)
+    if name in ARCHITECTURES:
+        config = ARCHITECTURES[name].config()
+    elif Path(place).is_dir():
+        config = transformers.AutoConfig.from_pretrained(place)
+    else:
+        raise ModelError(
+            f"the shape of {name!r} is not known here, so it cannot be built with random weights; accepted: "
+            f"{', '.join(known_models())}, or a local folder with its config.json"
+        )
+    if layers:
+        config.num_hidden_layers = min(layers, config.num_hidden_layers)
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
+    # Made where it will live: a 13B model need not pass through this machine's memory.
+    with torch.random.fork_rng(devices=[] if torch.device(device).type == "cpu" else None), torch.device(device):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return LoadedModel(
+        name=name,
+        model=model.eval().requires_grad_(False),
+        tokenizer=None,
+        fingerprint=f"random:{config.model_type}:{hashlib.sha256(config.to_json_string().encode()).hexdigest()[:16]}:{seed}",
+        context_length=config.max_position_embeddings,
     )
 
 

@@ -230,7 +230,7 @@ def source_digest(study: str) -> str:
     files = [
         *(core / "quant").glob("*.py"),
         *(core / "runtime").glob("*.py"),
-        *(core / "sources").glob("*.py"),
+        *(core / "sources").rglob("*.py"),
         *(path for path in (paths.KERNELS).rglob("*") if path.is_file()),
         *(path for path in (core / "studies" / f"{stem}.py", core / "studies" / "baselines.py") if path.is_file()),
     ]
