@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from flexq_core.sources import tasks as zero_shot
 from flexq_core.sources.models import LoadedModel, load_model, locate_model
 from flexq_core.sources.outliers import inject_outliers
 from flexq_core.studies import baselines
+from flexq_core.studies.parameters import names
 from flexq_core.workbook import figures
 from flexq_core.workbook.records import Measurement
 
@@ -117,11 +117,11 @@ class AccuracyStudy:
     ) -> None:
         locate_model(model)
         self.run = run
-        self.methods = _names(methods, METHODS, "method") + ([plan] if plan else [])
+        self.methods = names(methods, METHODS, "method") + ([plan] if plan else [])
         self.backends = list(
-            dict.fromkeys(ops.resolve_backend(b, run.device) for b in _names(backends, ops.BACKENDS, "backend"))
+            dict.fromkeys(ops.resolve_backend(b, run.device) for b in names(backends, ops.BACKENDS, "backend"))
         )
-        self.tasks = _names(tasks, None, "task")
+        self.tasks = names(tasks, None, "task")
         zero_shot.require_tasks(self.tasks)
         for name, value, least in (
             ("windows", windows, 0),
@@ -341,16 +341,3 @@ def claims(table: pd.DataFrame, *, outliers: float) -> list[tuple[str, bool, str
         detail = f"{scores.min():.1%} to {scores.max():.1%}, chance {1 / zero_shot.CHOICES:.0%}"
         found.append(("every method picks the right continuation more than twice as often as chance", holds, detail))
     return found
-
-
-def _names(text: str, accepted: tuple[str, ...] | None, what: str) -> list[str]:
-    """A comma-separated parameter as a list without repetition; ValueError names the nearest accepted value."""
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    for name in names if accepted else []:
-        if name not in accepted:
-            nearest = get_close_matches(name, accepted, n=1)
-            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-            raise ValueError(f"no {what} is called {name!r}{hint}; accepted: {', '.join(accepted)}")
-    if accepted and not names:
-        raise ValueError(f"no {what} is given; accepted: {', '.join(accepted)}")
-    return names
