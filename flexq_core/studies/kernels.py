@@ -342,7 +342,7 @@ def plot_times(table: pd.DataFrame) -> Figure:
 
 
 def _plot_shape(axis: Axes, mine: pd.DataFrame) -> None:
-    for index, (method, rows) in enumerate(mine.groupby("method", sort=False)):
+    for index, (method, rows) in enumerate(mine.dropna(subset=["median_us"]).groupby("method", sort=False)):
         spread = (rows["median_us"] - rows["p10_us"], rows["p90_us"] - rows["median_us"])
         style = {"color": _COLOURS.get(method, figures.SEQUENCE[3]), "marker": _MARKERS[index % len(_MARKERS)]}
         axis.errorbar(rows["tokens"], rows["median_us"], yerr=spread, label=title(method), markersize=4, **style)
@@ -531,7 +531,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--shapes", nargs="+", default=["demo"], help="NxK, or demo, or paper (default: demo)")
     parser.add_argument("--activation-bits", type=int, choices=(6, 8), default=6, help="(default: 6)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["auto", *_TORCH_BITS], help="(default: most)")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=["auto", *_TORCH_BITS], help="(default: auto and torch's)"
+    )
     parser.add_argument("--threads", type=int, default=0, help="(default: torch's)")
     parser.add_argument("--repeats", type=int, default=30, help="timed calls each (default: 30)")
     options = vars(parser.parse_args(arguments))
