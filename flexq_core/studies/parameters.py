@@ -1,4 +1,4 @@
-"""Reading the notebooks' parameters: lists of names and numbers, checked before anything is computed."""
+"""Reading the notebooks' parameters: names, lists and numbers; what is wrong is said before anything is computed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 def names(text: str, accepted: tuple[str, ...] | None, what: str) -> list[str]:
     """A comma-separated parameter as a list without repetition; ValueError names the nearest accepted value."""
-    found = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    found = _items(text)
     for name in found if accepted else []:
         if name not in accepted:
             nearest = get_close_matches(name, accepted, n=1)
@@ -31,3 +31,19 @@ def one_of(text: str, accepted: tuple[str, ...], what: str) -> str:
     if len(found) > 1:
         raise ValueError(f"{what} is {text!r}; accepted: one of {', '.join(accepted)}")
     return found[0]
+
+
+def counts(text: str, what: str) -> list[int]:
+    """Comma-separated whole numbers of 1 or more, without repetition and in order; ValueError names the first other."""
+    accepted = "accepted: whole numbers of 1 or more, comma-separated, such as 1,8,64"
+    for item in _items(text):
+        if not (item.isascii() and item.isdigit() and int(item)):
+            raise ValueError(f"{what} holds {item!r}; {accepted}")
+    found = sorted({int(item) for item in _items(text)})
+    if not found:
+        raise ValueError(f"{what} is empty; {accepted}")
+    return found
+
+
+def _items(text: str) -> list[str]:
+    return list(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))

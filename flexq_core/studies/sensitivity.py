@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 RULE = "flexq"
 """The paper's rule, which the study's own plan is compared with."""
-CURVE_POINTS = 6
+CURVE_POINTS = 5
 SCORES = ("measured", "predicted")
 """What a plan chooses layers by: the KL divergence measured end to end, or the one that one pass predicts."""
 
