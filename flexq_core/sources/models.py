@@ -101,7 +101,7 @@ def random_model(
 
     name: a demo model, a model of `ARCHITECTURES` (nothing is downloaded), or a local folder.  dtype: as `load_model`.
     layers: build this many blocks only; 0 builds all.
-    Raises ModelError for a name whose shape is not known here.
+    Raises ModelError for a name whose shape is not known here, or a folder that is no model.
     """
     import transformers
 
@@ -109,7 +109,11 @@ def random_model(
     if name in ARCHITECTURES:
         config = ARCHITECTURES[name].config()
     elif Path(place).is_dir():
-        config = transformers.AutoConfig.from_pretrained(place)
+        try:
+            config = transformers.AutoConfig.from_pretrained(place)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"cannot read the shape of {name!r} from its config.json: {reason}") from error
     else:
         raise ModelError(
             f"the shape of {name!r} is not known here, so it cannot be built with random weights; accepted: "

@@ -1,0 +1,437 @@
+"""End to end: the loop writes what transformers writes, memory is what hand counting gives, wrong values are refused first."""
+
+import warnings
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from flexq_core.quant.layers import linear_layers
+from flexq_core.quant.plan import PlanError, PrecisionPlan
+from flexq_core.runtime.convert import quantize_model, replace_linear_layers
+from flexq_core.sources import paper
+from flexq_core.sources.models import LoadedModel, ModelError
+from flexq_core.studies import e2e
+from flexq_core.studies.e2e import (
+    METHODS,
+    DynamicInt8Linear,
+    EndToEndStudy,
+    Generation,
+    Int8WeightLinear,
+    block_weight_bytes,
+    cache_bytes,
+    claims,
+    generate,
+    model_bytes,
+    plot_latency,
+    plot_memory,
+    total_ms,
+)
+from flexq_core.workbook.records import Records, Skipped, read_jsonl
+from flexq_core.workbook.run import Run
+from tests.models import CONFIGS, tiny_model
+
+SMALL = {"model": "demo-llama", "prompt_tokens": 8, "output_tokens": "2,5", "repeats": 2, "backend": "reference"}
+NOTHING = paper.end_to_end().iloc[:0]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run("04_e2e", {}, "cpu", tmp_path, Records("04_e2e", tmp_path, "cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """No test depends on a time, so none is spent on making times good."""
+    monkeypatch.setattr(e2e, "_WARM_UP_S", 0.0)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every name loads a tiny LLaMA."""
+    model = tiny_model("llama").requires_grad_(False)
+
+    def load(name, **_):
+        return LoadedModel(name, model, None, "sha256:tiny", 64)
+
+    monkeypatch.setattr(e2e, "load_model", load)
+    return model
+
+
+def prompt(batch: int = 2, tokens: int = 7) -> torch.Tensor:
+    return torch.randint(3, 96, (batch, tokens), generator=torch.Generator().manual_seed(2))
+
+
+def written_by_transformers(model, ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    model.generation_config.eos_token_id = None  # what ends a text ends no measurement
+    settings = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_it_writes_what_transformers_writes(architecture):
+    model, ids = tiny_model(architecture), prompt()
+    expected = written_by_transformers(model, ids, 9)
+    generation = generate(model, ids, 9)
+    assert torch.equal(generation.tokens, expected)
+    assert generation.ttft_ms > 0 and len(generation.steps_ms) == 8 and (generation.steps_ms > 0).all()
+
+
+def test_a_quantised_model_writes_what_transformers_writes():
+    model, ids = quantize_model(tiny_model("llama"), "flexq", backend="reference"), prompt()
+    expected = written_by_transformers(model, ids, 5)
+    assert torch.equal(generate(model, ids, 5).tokens, expected)
+
+
+def test_a_short_output_is_the_beginning_of_a_long_one_and_one_token_has_no_steps():
+    model, ids = tiny_model("opt"), prompt()
+    assert torch.equal(generate(model, ids, 3).tokens, generate(model, ids, 8).tokens[:, :3])
+    alone = generate(model, ids, 1)
+    assert alone.tokens.shape == (2, 1) and len(alone.steps_ms) == 0
+
+
+def test_a_total_is_the_first_token_and_the_steps_after_it_each_the_median_of_the_repeats():
+    repeats = [
+        Generation(torch.zeros(1, 3), ttft, torch.tensor(steps, dtype=torch.float64), None)
+        for ttft, steps in ((10.0, [1.0, 2.0]), (11.0, [900.0, 2.5]), (99.0, [1.5, 800.0]))
+    ]
+    assert [total_ms(repeats, length) for length in (1, 2, 3)] == [11.0, 12.5, 15.0]
+
+
+def test_model_bytes_are_counted_by_hand():
+    # Untied LLaMA of tests/models.py: embeddings and head, two blocks of four square and three MLP matrices, five norms,
+    # and rotary frequencies: half a head's 16 elements, kept twice.
+    matrices = 2 * (4 * 64 * 64 + 3 * 64 * 176)
+    model = tiny_model("llama")
+    assert block_weight_bytes(model) == 4 * matrices
+    assert model_bytes(model) == 4 * (matrices + 2 * 96 * 64 + 5 * 64) + _buffer_bytes(model)
+    tied = tiny_model("llama-3")
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    matrices = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 176)
+    assert model_bytes(tied) == 4 * (matrices + 96 * 64 + 5 * 64) + _buffer_bytes(tied)
+
+
+def _buffer_bytes(model: nn.Module) -> int:
+    return sum({buffer.data_ptr(): 4 * buffer.numel() for buffer in model.buffers()}.values())
+
+
+def test_quantised_bytes_are_counted_by_hand():
+    model = tiny_model("llama")
+    rest = model_bytes(model) - block_weight_bytes(model)
+    # Six bits in groups of 128, 64 features padded to 128 and 176 to 256, two bytes of scale a group, one of exponent a row.
+    narrow, wide = (4 * 64 + 2 * 176) * (96 + 2 + 1), 64 * (192 + 4 + 1)
+    packed = quantize_model(model, "flexq", backend="reference")
+    assert block_weight_bytes(packed) == 2 * (narrow + wide)
+    assert model_bytes(packed) == rest + 2 * (narrow + wide)
+    weights, rows = 2 * (4 * 64 * 64 + 3 * 64 * 176), 2 * (5 * 64 + 2 * 176)
+    weight_only = replace_linear_layers(model, lambda _, linear: Int8WeightLinear(linear))
+    assert block_weight_bytes(weight_only) == weights + 2 * rows
+    assert model_bytes(weight_only) == rest + weights + 2 * rows
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_what_torch_packs_out_of_sight_is_counted(architecture):
+    engine = _engine()
+    model = tiny_model(architecture)
+    made = replace_linear_layers(model, lambda _, linear: DynamicInt8Linear(linear, engine))
+    layers = linear_layers(model).values()
+    weights, rows = (sum(f(layer) for layer in layers) for f in (lambda x: x.weight.numel(), lambda x: x.out_features))
+    assert block_weight_bytes(made) == weights + 8 * rows
+    assert model_bytes(made) == model_bytes(model) - 4 * weights + weights + 8 * rows  # biases stay as they were
+
+
+def _engine() -> str:
+    engines = [e for e in ("onednn", "x86", "fbgemm", "qnnpack") if e in torch.backends.quantized.supported_engines]
+    if not engines:
+        pytest.skip("this torch has no engine for dynamic INT8")
+    return engines[0]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-3", "opt"])
+def test_cache_bytes_are_keys_and_values_of_every_position(architecture):
+    model = tiny_model(architecture)
+    cache = generate(model, prompt(batch=3), 4).cache
+    heads = getattr(model.config, "num_key_value_heads", 4)
+    assert (
+        cache_bytes(cache, 10) == 2 * 2 * 3 * heads * 10 * 16 * 4
+    )  # layers, K and V, batch, heads, tokens, size, float32
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("batch", [(1,), (2, 3)])
+def test_int8_layers_compute_the_product(bias, batch):
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 80, bias=bias).requires_grad_(False)
+    x = torch.randn(*batch, 48)
+    expected = linear(x)
+    layers = [DynamicInt8Linear(linear, _engine())]
+    try:
+        e2e._require_weight_only(nn.ModuleDict({"blocks": nn.ModuleList([linear])}))
+        layers.append(Int8WeightLinear(linear))
+    except Skipped as reason:
+        warnings.warn(str(reason), stacklevel=1)
+    for layer in layers:
+        y = layer(x)
+        assert y.shape == expected.shape and y.dtype == x.dtype
+        assert (y - expected).norm() < 0.03 * expected.norm()
+
+
+def test_a_gpus_int8_layer_computes_the_product_of_its_codes_exactly():
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 80).requires_grad_(False)
+    linear.weight[3] = 0  # a row without a scale
+    x = torch.randn(2, 3, 48)
+    layer = e2e.Int8Linear(linear)
+    codes, scales = e2e._int8_rows(x.reshape(6, 48), torch.float32)
+    sums = codes.double() @ layer.weight.double().T
+    expected = sums * scales.double()[:, None] * layer.weight_scale.double() + linear.bias.double()
+    assert torch.allclose(layer(x).double().view(6, 80), expected, rtol=1e-5, atol=1e-6)
+    assert (layer(x) - linear(x)).norm() < 0.03 * linear(x).norm()
+
+
+def test_the_engine_of_torch_is_left_as_it_was():
+    before = torch.backends.quantized.engine
+    DynamicInt8Linear(nn.Linear(8, 8), _engine())
+    assert torch.backends.quantized.engine == before
+
+
+def test_casting_leaves_the_original_and_the_rotary_frequencies_alone():
+    model = tiny_model("llama")
+    cast = e2e._with_parameters_in(model, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.dtype for p in cast.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in cast.buffers()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "text"),
+    [
+        (
+            {"methods": "fp16,flexk"},
+            ValueError,
+            r"no method is called 'flexk' \(did you mean 'flexq'\?\); accepted: fp16",
+        ),
+        ({"methods": " "}, ValueError, "no method is given; accepted: fp16, bf16"),
+        ({"weights": "foo"}, ValueError, "no weights is called 'foo'; accepted: pretrained, random"),
+        ({"weights": "pretrained,random"}, ValueError, "accepted: one of pretrained, random"),
+        ({"backend": "gpu"}, ValueError, "no backend is called 'gpu'"),
+        ({"output_tokens": "0"}, ValueError, "output_tokens holds '0'; accepted: whole numbers of 1 or more"),
+        ({"output_tokens": "32,x"}, ValueError, "output_tokens holds 'x'; accepted"),
+        ({"output_tokens": ""}, ValueError, "output_tokens is empty; accepted"),
+        ({"prompt_tokens": 0}, ValueError, "prompt_tokens is 0; accepted: 1 or more"),
+        ({"batch_size": 0}, ValueError, "batch_size is 0; accepted: 1 or more"),
+        ({"repeats": 0}, ValueError, "repeats is 0; accepted: 1 or more"),
+        ({"layers": -1}, ValueError, "layers is -1; accepted: 0 or more"),
+        ({"seed": -1}, ValueError, "seed is -1; accepted: 0 or more"),
+        ({"layers": 2}, ValueError, "layers is 2 with pretrained weights; accepted: 0, or weights=random"),
+        ({"layers": 7, "weights": "random"}, ValueError, "layers is 7; accepted: 0 for all, or up to the model's 6"),
+        (
+            {"prompt_tokens": 500, "output_tokens": "4,13"},
+            ValueError,
+            "500 prompt and 13 output tokens are 513; accepted: up to 512, the context of 'demo-llama'",
+        ),
+        ({"model": "demo-lama"}, ModelError, "no model is called 'demo-lama'. Did you mean 'demo-llama'?"),
+        ({"model": "owner/name", "weights": "random"}, ModelError, "the shape of 'owner/name' is not known here"),
+        ({"plan": "no.json"}, PlanError, "cannot read the plan 'no.json'"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_anything_is_computed(run, changed, error, text):
+    with pytest.raises(error, match=text):
+        EndToEndStudy(run, **SMALL | changed)
+    assert not run.records.path.exists()
+
+
+def test_a_folder_that_is_no_model_is_refused(run, tmp_path):
+    with pytest.raises(ModelError, match="holds no config.json: it is not a transformers model"):
+        EndToEndStudy(run, **SMALL | {"model": str(tmp_path)})
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot load the model"):
+        EndToEndStudy(run, **SMALL | {"model": str(tmp_path)})
+    with pytest.raises(ModelError, match="cannot read the shape of"):
+        EndToEndStudy(run, **SMALL | {"model": str(tmp_path), "weights": "random"})
+
+
+def test_a_plan_of_another_model_is_refused(run, tiny, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(PrecisionPlan.from_rule("w6a6", linear_layers(tiny_model("opt"))).to_json())
+    with pytest.raises(PlanError, match="does not fit the model"):
+        EndToEndStudy(run, **SMALL | {"plan": str(path)})
+
+
+def test_random_weights_need_no_tokenizer_and_layers_are_counted(run):
+    study = EndToEndStudy(run, **SMALL | {"weights": "random", "layers": 2})
+    assert study.loaded.model.config.num_hidden_layers == 2
+    assert study.prompt.shape == (1, 8)
+
+
+def test_every_case_is_a_row_a_length_and_its_records(run, tiny, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(PrecisionPlan.from_rule("w6a8", linear_layers(tiny)).to_json().replace('"w6a8"', '"mine"'))
+    study = EndToEndStudy(run, **SMALL | {"plan": str(path), "batch_size": 2})
+    table = study.table()
+    assert list(dict.fromkeys(table["method"])) == ["fp32", *METHODS[1:], "plan:mine"]
+    assert list(table["output_tokens"]) == [2, 5] * len(study.methods)
+    measured = table.dropna(subset=["total_s"])
+    assert {"fp32", "bf16", "w6a6", "flexq", "w6a8", "plan:mine"} <= set(measured["method"])
+    assert (measured["tokens_per_s"] * measured["total_s"] - 2 * measured["output_tokens"]).abs().max() < 1e-9
+    assert (measured["ttft_ms"] / 1e3 < measured["total_s"]).all()
+    fp32, bf16 = (measured[measured["method"] == method].iloc[-1] for method in ("fp32", "bf16"))
+    assert fp32["linear_weights_mib"] == 2 * bf16["linear_weights_mib"] == 4 * 2 * (4 * 64 * 64 + 3 * 64 * 176) / 2**20
+    assert fp32["kv_cache_mib"] == 2 * bf16["kv_cache_mib"] == 2 * 2 * 2 * 64 * 13 * 4 / 2**20
+    assert fp32["difference"] == 0 < bf16["difference"]
+    records = read_jsonl(run.records.path)
+    assert {r.unit for r in records if r.metric.startswith(("ttft", "tpot"))} == {"ms"}
+    assert all(r.parameters["device"] == r.device and r.parameters["threads"] for r in records)
+
+
+def test_what_is_on_record_is_not_measured_again_and_another_machine_measures_anew(run, tiny, monkeypatch):
+    settings = SMALL | {"methods": "fp16,flexq"}
+    first = EndToEndStudy(run, **settings).table()
+    monkeypatch.setattr(EndToEndStudy, "_measured", lambda *_: pytest.fail("measured again"))
+    pd.testing.assert_frame_equal(EndToEndStudy(run, **settings).table(), first)
+    monkeypatch.setattr(e2e, "provenance", lambda device: {"device": "another"})
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        EndToEndStudy(run, **settings).table()
+
+
+def test_a_wrong_product_is_not_timed(run, tiny, monkeypatch):
+    def zeroed(model, plan, **_):
+        return replace_linear_layers(model, lambda _, linear: _Zero(linear.out_features))
+
+    monkeypatch.setattr(e2e, "quantize_model", zeroed)
+    monkeypatch.setattr(e2e, "generate", lambda *_: pytest.fail("timed"))
+    with pytest.raises(RuntimeError, match=r"flexq is not timed: its logits differ .*, bound 0.5"):
+        EndToEndStudy(run, **SMALL | {"methods": "flexq"}).table()
+    assert not run.records.path.exists()
+
+
+class _Zero(nn.Module):
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, x):
+        return x.new_zeros(*x.shape[:-1], self.outputs)
+
+
+def test_a_method_that_cannot_run_is_skipped_with_its_reason(run, tiny, monkeypatch):
+    def cannot(*_):
+        raise RuntimeError("not for this processor\nmore")
+
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", cannot)
+    table = EndToEndStudy(run, **SMALL | {"methods": "w8a16"}).table()
+    reason = "torch's INT8 weight-only product does not run here: not for this processor"
+    assert set(table["skipped"]) == {reason} and table["total_s"].isna().all()
+    assert read_jsonl(run.records.path)[0].status == "skipped"
+    assert claims(table) == [("FlexQ is measured", None, "methods name none of FlexQ's")]
+
+
+def test_a_torch_without_int8_is_skipped(run, tiny, monkeypatch):
+    monkeypatch.setattr(e2e, "_INT8_ENGINES", ())
+    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", [], raising=False)
+    table = EndToEndStudy(run, **SMALL | {"methods": "w8a8"}).table()
+    assert set(table["skipped"]) == {"this torch has no engine for dynamic INT8"}
+
+
+def test_only_a_whole_paper_model_stands_beside_the_paper(run, monkeypatch, tiny):
+    monkeypatch.setattr(e2e, "random_model", lambda name, **_: LoadedModel(name, tiny, None, "random", 2048))
+    whole = EndToEndStudy(run, **SMALL | {"model": "llama-7b", "weights": "random"})
+    assert set(whole.published()["model"]) == {"llama-7b"}
+    assert EndToEndStudy(run, **SMALL | {"model": "llama-7b", "weights": "random", "layers": 1}).published().empty
+    assert EndToEndStudy(run, **SMALL | {"model": "demo-llama", "weights": "random"}).published().empty
+
+
+def synthetic(**changes) -> pd.DataFrame:
+    """A table in which every claim holds; changes: method → {column: value}, or None to leave it out."""
+    sizes = {"fp32": 320.0, "w8a16": 80.5, "w8a8": 81.0, "w6a6": 61.5, "flexq": 61.5}
+    steps = {"fp32": 10.0, "w8a16": 4.0, "w8a8": 3.5, "w6a6": 3.0, "flexq": 3.0}
+    rows = [
+        {
+            "method": method,
+            "backend": "cpu" if method in ("w6a6", "flexq") else "torch",
+            "output_tokens": length,
+            "ttft_ms": 20.0,
+            "tpot_ms": steps[method],
+            "total_s": (20 + (length - 1) * steps[method]) / 1e3,
+            "linear_weights_mib": sizes[method],
+            "weights_mib": sizes[method] + 20,
+            "kv_cache_mib": length / 8,
+            "preemptions_per_token": 0.0,
+            **(changes.get(method) or {}),
+        }
+        for method in sizes
+        for length in (32, 128)
+        if changes.get(method, {}) is not None
+    ]
+    return pd.DataFrame(rows)
+
+
+def verdicts(table: pd.DataFrame) -> list[bool | None]:
+    return [None if holds is None else bool(holds) for _, holds, _ in claims(table)]
+
+
+def test_claims_hold_where_the_table_bears_them_out():
+    found = claims(synthetic())
+    assert [text for text, _, _ in found] == [
+        "FlexQ's linear weights take less than 25% of the unquantised model's",
+        "FlexQ's linear weights take at most 85% of INT8's",
+        "FlexQ decodes a token faster than FP32",
+        "FlexQ decodes a token in at most 1.1 of the time of W8A8, torch",
+    ]
+    assert verdicts(synthetic()) == [True] * 4
+    assert found[2][2] == "3.00 and 10.00 ms a token, 3.33 ×"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"flexq": {"linear_weights_mib": 79.0}}, [True, False, True, True]),
+        ({"flexq": {"linear_weights_mib": 80.5}}, [False, False, True, True]),
+        ({"flexq": {"tpot_ms": 3.8}}, [True, True, True, True]),
+        ({"flexq": {"tpot_ms": 3.9}}, [True, True, True, False]),
+        ({"flexq": {"tpot_ms": 11.0}}, [True, True, False, False]),
+        ({"flexq": {"backend": "reference"}}, [True, True, None, None]),
+        ({"flexq": {"preemptions_per_token": 9.0}}, [True, True, None, None]),
+        ({"w8a8": {"preemptions_per_token": 9.0}}, [True, True, True, None]),
+        ({"flexq": {"tpot_ms": float("nan")}}, [True, True, None, None]),
+        ({"fp32": {"linear_weights_mib": 49.0}}, [False, True, True, True]),
+        ({"fp32": None}, [True, None]),
+        ({"w8a8": None}, [True, True, True, True]),
+        ({"w8a8": None, "w8a16": None}, [True, True]),
+        ({"flexq": None}, [True] * 4),
+    ],
+    ids=str,
+)
+def test_claims_fail_or_are_skipped_where_it_does_not(changes, expected):
+    assert verdicts(synthetic(**changes)) == expected
+
+
+def test_a_model_too_small_for_weights_to_matter_tells_no_speed():
+    table = synthetic()
+    table["linear_weights_mib"] /= 10
+    assert verdicts(table) == [True, True, None, None]
+    assert "32 MiB of linear weights are too few to matter" in claims(table)[2][2]
+
+
+def test_half_precision_counts_as_half():
+    table = synthetic(fp32={"method": "fp16", "linear_weights_mib": 160.0})
+    assert claims(table)[0][:2] == ("FlexQ's linear weights take less than 50% of the unquantised model's", True)
+
+
+@pytest.mark.parametrize(
+    "published", [NOTHING, paper.end_to_end().query("model == 'llama-7b'")], ids=["alone", "beside"]
+)
+def test_figures_show_every_method_with_units(published, tmp_path):
+    table = pd.concat([synthetic(), pd.DataFrame([{"method": "w6a8", "output_tokens": 32, "skipped": "why"}])])
+    latency, memory = plot_latency(table, "name", published), plot_memory(table, "name", published)
+    panels = [axis for axis in latency.axes if axis.get_visible()]
+    assert [axis.get_title() for axis in panels[:2]] == ["32 output tokens", "128 output tokens"]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == [
+        *("FlexQ", "W6A6", "W8A8, torch", "W8A16, torch", "FP32")
+    ]
+    assert {axis.get_xlabel() for axis in panels} == {"time (s)"} | ({"paper's GPU (s)"} if len(published) else set())
+    assert memory.axes[0].get_xlabel() == "memory, name (MiB)"
+    assert len(panels) == 2 + published["output_tokens"].nunique()
+    for figure in (latency, memory):
+        figure.savefig(tmp_path / "figure.svg")
