@@ -8,7 +8,6 @@ ptb         Penn Treebank
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexq_core.sources import demo
+from flexq_core.sources import demo, local
 from flexq_core.sources.text import Text
 
 
@@ -63,40 +62,92 @@ def default_dataset(is_demo: bool) -> str:
     return "pydoc" if is_demo else "wikitext2"
 
 
-def evaluation_text(dataset: str) -> Text:
-    """The held-out text of `dataset`; DataError for an unknown one, or one that cannot be had."""
-    return _text(dataset, demo.held_out_text, "score")
+def evaluation_text(dataset: str, data_dir: str = "") -> Text:
+    """The held-out text of `dataset`, from the hub or from files in `data_dir` (see sources/local.py).
 
-
-def calibration_text(dataset: str) -> Text:
-    """Text of the same kind that shares nothing with `evaluation_text`; DataError likewise."""
-    return _text(dataset, demo.calibration_text, "calibrate")
-
-
-def _text(dataset: str, embedded: Callable[[], Text], use: str) -> Text:
+    Raises DataError for an unknown dataset, or one that cannot be had.
+    """
     if dataset == "pydoc":
-        return embedded()
-    if dataset in HUB_TEXTS:
-        return _hub_text(dataset, getattr(HUB_TEXTS[dataset], use))
-    nearest = get_close_matches(dataset, DATASETS, n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise DataError(f"no dataset is called {dataset!r}.{hint} Accepted: {', '.join(DATASETS)}")
+        return demo.held_out_text()
+    hub = _require_known(dataset)
+    if data_dir:
+        return _local_text(dataset, data_dir, (hub.score, "test", "validation"))
+    return _hub_text(dataset, hub.score)
+
+
+def calibration_text(dataset: str, data_dir: str = "") -> Text:
+    """Text of the same kind that shares nothing with `evaluation_text`; DataError likewise.
+
+    A folder that has only the scored split leaves docstrings to calibrate on; the text's origin says so.
+    """
+    if dataset == "pydoc":
+        return demo.calibration_text()
+    hub = _require_known(dataset)
+    if not data_dir:
+        return _hub_text(dataset, hub.calibrate)
+    try:
+        return _local_text(dataset, data_dir, (hub.calibrate,))
+    except DataError:
+        evaluation_text(dataset, data_dir)  # raises where the folder is no good at all
+        return demo.calibration_text()
+
+
+def _require_known(dataset: str) -> HubText:
+    if dataset not in HUB_TEXTS:
+        nearest = get_close_matches(dataset, DATASETS, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise DataError(f"no dataset is called {dataset!r}.{hint} Accepted: {', '.join(DATASETS)}")
+    return HUB_TEXTS[dataset]
 
 
 def _hub_text(name: str, split: str) -> Text:
+    hub = HUB_TEXTS[name]
+    files = {split: hub.files[split]} if hub.files else None
+    rows = _load(
+        {"path": hub.dataset, "name": hub.configuration, "data_files": files},
+        split,
+        f"cannot load {name!r} ({hub.dataset}) from the hub",
+        "Connect once so that it is cached, give a folder that has it as data_dir, or use dataset=pydoc, which needs no network",
+    )
+    return _joined(name, rows, hub, f"{hub.dataset} {hub.configuration or ''} {split}".strip())
+
+
+def _local_text(name: str, folder: str, splits: tuple[str, ...]) -> Text:
+    try:
+        files, split = local.find_split(folder, name, splits)
+    except local.LocalDataError as error:
+        raise DataError(str(error)) from error
+    origin = f"{', '.join(path.name for path in files)} ({split})"
+    if files[0].suffix == ".txt":  # running text, not a row a line
+        try:
+            text = "\n\n".join(path.read_text(encoding="utf-8") for path in files)
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {origin} in {folder!r}: {error}") from error
+        return Text.of(name, text, origin=origin)
+    rows = _load(
+        local.builder_arguments(files, split),
+        split,
+        f"cannot read {origin} in {folder!r}",
+        "It may be truncated: fetch it again",
+    )
+    return _joined(name, rows, HUB_TEXTS[name], origin)
+
+
+def _load(arguments: dict[str, Any], split: str, what: str, step: str) -> Any:
     import datasets
 
-    hub = HUB_TEXTS[name]
     try:
-        files = {split: hub.files[split]} if hub.files else None
-        rows = datasets.load_dataset(hub.dataset, hub.configuration, split=split, data_files=files)
-    except Exception as error:  # datasets raises many kinds for "cannot be reached"
-        raise DataError(
-            f"cannot load {name!r} ({hub.dataset}) from the hub: {type(error).__name__}: {error}. Connect once so that it is "
-            "cached, or use dataset=pydoc, which needs no network"
-        ) from error
-    column = rows[hub.column] if hub.rows is None else rows[: hub.rows][hub.column]
-    return Text.of(name, "\n\n".join(column), origin=f"{hub.dataset} {hub.configuration or ''} {split}".strip())
+        return datasets.load_dataset(split=split, **arguments)
+    except Exception as error:  # datasets raises many kinds for "cannot be reached" and "cannot be read"
+        raise DataError(f"{what}: {type(error).__name__}: {str(error).splitlines()[0]}. {step}") from error
+
+
+def _joined(name: str, rows: Any, hub: HubText, origin: str) -> Text:
+    column = hub.column if hub.column in rows.column_names else "text"
+    if column not in rows.column_names:
+        raise DataError(f"{origin} has no column {hub.column!r}; its columns: {', '.join(rows.column_names)}")
+    texts = rows[column] if hub.rows is None else rows[: hub.rows][column]
+    return Text.of(name, "\n\n".join(texts), origin=origin)
 
 
 def token_ids(tokenizer: Any, text: Text) -> Tensor:

@@ -19,6 +19,12 @@ CHANNELS_SHARE = 1 / 64
 """Share of a layer's channels that become outliers, at least one: a few in a thousand to a few in a hundred in models."""
 
 
+def require_strength(strength: float) -> None:
+    """Raise ValueError unless `strength` is 0, for no outliers, or a finite factor of at least 1."""
+    if strength != 0 and not (math.isfinite(strength) and strength >= 1):
+        raise ValueError(f"outliers is {strength!r}; accepted: 0 for none, or a factor of at least 1")
+
+
 def inject_outliers(model: nn.Module, strength: float, *, seed: int = 0) -> nn.Module:
     """A copy of `model` whose norm outputs and MLP activations carry outlier channels; `model` is left alone.
 
@@ -26,8 +32,7 @@ def inject_outliers(model: nn.Module, strength: float, *, seed: int = 0) -> nn.M
     seed: chooses the channels.
     Raises ValueError for a strength that is not 0 or at least 1, or a model that rescaling would change.
     """
-    if strength != 0 and not (math.isfinite(strength) and strength >= 1):
-        raise ValueError(f"outliers is {strength!r}; accepted: 0 for none, or a factor of at least 1")
+    require_strength(strength)
     rescaled = copy.deepcopy(model)
     if strength in (0, 1):
         return rescaled

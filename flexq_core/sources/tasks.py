@@ -14,9 +14,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from flexq_core.sources import demo
+from flexq_core.sources import demo, local
 
-PAPER_TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande")
+_STOCK = {
+    "piqa": "piqa/piqa.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+}
+"""The paper's tasks → their definitions in the harness."""
+PAPER_TASKS = tuple(_STOCK)
 CONTINUATION = "continuation"
 TASKS = (CONTINUATION, *PAPER_TASKS)
 
@@ -82,23 +91,35 @@ def continuation_questions(text: str, *, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def evaluate_tasks(
-    model: Any, tokenizer: Any, names: list[str], *, limit: int = 0, batch_size: int = 16, seed: int = 0
+    model: Any,
+    tokenizer: Any,
+    names: list[str],
+    *,
+    limit: int = 0,
+    batch_size: int = 16,
+    data_dir: str = "",
+    seed: int = 0,
 ) -> dict[str, tuple[float, int]]:
     """Zero-shot accuracy by task, through lm-eval.
 
     model, tokenizer: a transformers causal language model and its tokenizer.  names: from `TASKS`.
-    limit: questions a task at most, 0 for all.
+    limit: questions a task at most, 0 for all.  data_dir: a folder that holds the paper's tasks (see sources/local.py);
+    empty for the hub.
     Returns task → (accuracy in [0, 1], questions scored). Raises TaskError for an unknown task, or data that cannot be had.
     """
     require_tasks(names)
+    from datasets.exceptions import DatasetGenerationError
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     with tempfile.TemporaryDirectory(prefix="flexq-tasks-") as folder:
-        stock = any(name in PAPER_TASKS for name in names)
-        _write_continuation(Path(folder), seed)
-        manager = TaskManager(verbosity="ERROR", include_path=folder, include_defaults=stock)
+        for name in names:
+            if name == CONTINUATION:
+                _write_continuation(Path(folder), seed)
+            else:
+                _write_stock(Path(folder), name, data_dir)
+        manager = TaskManager(verbosity="ERROR", include_path=folder, include_defaults=False)
         try:
             results = simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
@@ -111,12 +132,47 @@ def evaluate_tasks(
                 log_samples=False,
                 verbosity="ERROR",
             )
-        except (ConnectionError, FileNotFoundError, OSError) as error:
+        except (DatasetGenerationError, OSError) as error:  # no network among them
             raise TaskError(
-                f"cannot load the tasks {', '.join(names)}: {error}. Connect once so that they are cached, or use "
-                f"tasks={CONTINUATION}, which needs no network"
+                f"cannot load the tasks {', '.join(names)}: {error}. Connect once so that they are cached, give a folder that "
+                f"holds them as data_dir, or use tasks={CONTINUATION}, which needs no network"
             ) from error
     return {name: (results["results"][name]["acc,none"], results["n-samples"][name]["effective"]) for name in names}
+
+
+def require_local_tasks(names: list[str], data_dir: str) -> None:
+    """Raise TaskError, naming what would do, unless the folder holds every one of these that is not embedded."""
+    for name in names if data_dir else []:
+        if name != CONTINUATION:
+            _local_files(name, data_dir)
+
+
+def _local_files(name: str, data_dir: str) -> tuple[list[Path], str]:
+    try:
+        # The splits that the harness scores: the others' test splits have no answers.
+        return local.find_split(data_dir, name, ("test", "validation") if name.startswith("arc") else ("validation",))
+    except local.LocalDataError as error:
+        raise TaskError(str(error)) from error
+
+
+def _write_stock(folder: Path, name: str, data_dir: str) -> None:
+    """The harness's own task by an include; from local files, what says where its data come from is replaced."""
+    import lm_eval.tasks
+    import yaml
+
+    definition: dict[str, Any] = {"include": str(Path(lm_eval.tasks.__file__).parent / _STOCK[name]), "task": name}
+    if data_dir:
+        files, _ = _local_files(name, data_dir)
+        arguments = local.builder_arguments(files, "validation")
+        definition |= {
+            "dataset_path": arguments["path"],
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": arguments["data_files"]},
+            "training_split": None,
+            "validation_split": "validation",
+            "test_split": None,
+        }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
 
 
 def _write_continuation(folder: Path, seed: int) -> None:

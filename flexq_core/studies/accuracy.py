@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +28,9 @@ from flexq_core.runtime.convert import linear_weight_bytes, quantize_model, read
 from flexq_core.sources import data
 from flexq_core.sources import tasks as zero_shot
 from flexq_core.sources.models import LoadedModel, load_model, locate_model
-from flexq_core.sources.outliers import inject_outliers
+from flexq_core.sources.outliers import inject_outliers, require_strength
 from flexq_core.studies import baselines
+from flexq_core.studies.parameters import names, require_at_least
 from flexq_core.workbook import figures
 from flexq_core.workbook.records import Measurement
 
@@ -113,31 +113,28 @@ class AccuracyStudy:
         task_limit: int = 0,
         outliers: float = 0.0,
         batch_size: int = 8,
+        data_dir: str = "",
         seed: int = 0,
     ) -> None:
         locate_model(model)
         self.run = run
-        self.methods = _names(methods, METHODS, "method") + ([plan] if plan else [])
+        self.methods = names(methods, METHODS, "method") + ([plan] if plan else [])
         self.backends = list(
-            dict.fromkeys(ops.resolve_backend(b, run.device) for b in _names(backends, ops.BACKENDS, "backend"))
+            dict.fromkeys(ops.resolve_backend(b, run.device) for b in names(backends, ops.BACKENDS, "backend"))
         )
-        self.tasks = _names(tasks, None, "task")
+        self.tasks = names(tasks, None, "task")
         zero_shot.require_tasks(self.tasks)
-        for name, value, least in (
-            ("windows", windows, 0),
-            ("window_length", window_length, 0),
-            ("task_limit", task_limit, 0),
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} is {value}; accepted: {least} or more")
+        zero_shot.require_local_tasks(self.tasks, data_dir)
+        require_at_least(0, windows=windows, window_length=window_length, task_limit=task_limit, seed=seed)
+        require_at_least(1, batch_size=batch_size)
+        require_strength(outliers)
         self.custom_plan = read_plan(plan) if plan else None
         self.loaded: LoadedModel = load_model(model, device=run.device)
         self.outliers, self.seed, self.batch_size, self.task_limit = outliers, seed, batch_size, task_limit
+        self.data_dir = data_dir
         self.window_length = window_length or min(2048, self.loaded.context_length)
         self.dataset = data.default_dataset(self.loaded.is_demo) if dataset == "auto" else dataset
-        self.text = data.evaluation_text(self.dataset)
+        self.text = data.evaluation_text(self.dataset, data_dir)
         ids = data.token_ids(self.loaded.tokenizer, self.text)
         self.characters_per_token = len(self.text.text) / len(ids)
         self.rows = data.windows(ids, self.window_length, windows or data.DEFAULT_WINDOWS.get(self.dataset, 0))
@@ -152,7 +149,7 @@ class AccuracyStudy:
     @cached_property
     def calibration(self) -> Tensor:
         """[W, T] token ids that share nothing with the scored text."""
-        ids = data.token_ids(self.loaded.tokenizer, data.calibration_text(self.dataset))
+        ids = data.token_ids(self.loaded.tokenizer, data.calibration_text(self.dataset, self.data_dir))
         return data.windows(ids, self.window_length, CALIBRATION_WINDOWS)
 
     def cases(self) -> Iterator[tuple[str, str]]:
@@ -265,7 +262,7 @@ class AccuracyStudy:
 
     def _score_task(self, model: nn.Module, task: str) -> dict[str, Measurement]:
         accuracy, questions = zero_shot.evaluate_tasks(
-            model, self.loaded.tokenizer, [task], limit=self.task_limit, seed=self.seed
+            model, self.loaded.tokenizer, [task], limit=self.task_limit, data_dir=self.data_dir, seed=self.seed
         )[task]
         return {
             f"accuracy/{task}": Measurement(accuracy, "1"),
@@ -341,16 +338,3 @@ def claims(table: pd.DataFrame, *, outliers: float) -> list[tuple[str, bool, str
         detail = f"{scores.min():.1%} to {scores.max():.1%}, chance {1 / zero_shot.CHOICES:.0%}"
         found.append(("every method picks the right continuation more than twice as often as chance", holds, detail))
     return found
-
-
-def _names(text: str, accepted: tuple[str, ...] | None, what: str) -> list[str]:
-    """A comma-separated parameter as a list without repetition; ValueError names the nearest accepted value."""
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    for name in names if accepted else []:
-        if name not in accepted:
-            nearest = get_close_matches(name, accepted, n=1)
-            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-            raise ValueError(f"no {what} is called {name!r}{hint}; accepted: {', '.join(accepted)}")
-    if accepted and not names:
-        raise ValueError(f"no {what} is given; accepted: {', '.join(accepted)}")
-    return names

@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from flexq_core.runtime.ops import BACKENDS
 from flexq_core.sources import paper
 from flexq_core.sources.architectures import ARCHITECTURES
 from flexq_core.sources.demo import DEMO_MODELS
@@ -38,6 +39,7 @@ LEAST_WINDOWS = {"wikitext2": 160, "c4": 256}
 """The protocol: all of WikiText-2's test text, which LLaMA's tokenizer makes 166 windows of, and 256 windows of C4."""
 
 ABSTRACT = "abstract"
+SENSITIVITY = "§3.1, sensitivity analysis"
 PERPLEXITY_TABLES = "§4.2, perplexity tables"
 KERNEL_FIGURE = "§4.3, kernel figure"
 END_TO_END_FIGURE = "end-to-end figure"
@@ -223,21 +225,35 @@ def _beyond(reason: str) -> Callable[[pd.DataFrame, Tolerance], Verdict]:
 
 def _sensitivity_claim(layer: str, family: str) -> Claim:
     def judge(records: pd.DataFrame, _: Tolerance) -> Verdict:
-        found = sensitivity_claims(records, layer)
-        found = found[found["model"].isin(name for name, a in ARCHITECTURES.items() if a.family == family.lower())]
-        cases = {f"{r.model}: {r.metric[6:]}": bool(r.value) for r in found.itertuples()}
+        models = [name for name, architecture in ARCHITECTURES.items() if architecture.family == family.lower()]
+        found = {model: kinds for model, kinds in divergence_by_kind(records).items() if model in models}
+        cases = {model: max(kinds, key=kinds.get) == layer for model, kinds in found.items()}
         example = "llama-2-7b" if family == "LLaMA" else "opt-6.7b"
         command = _RUN.format(notebook="01_sensitivity", more=f" -p model {example}")
-        return _settle(cases or {layer: None}, cases, f"needs the weights of one, such as {example}: {command}")
+        told = [f"{model}: {_divergences(kinds)}" for model, kinds in found.items()]
+        return _settle(cases or {layer: None}, told, f"needs the weights of one, such as {example}: {command}")
 
-    return Claim(f"{layer} is the layer of {family} models that is sensitive to 6-bit activations", "§3, method", judge)
+    return Claim(
+        f"{layer} is the layer of {family} models that is most sensitive to 6-bit activations", SENSITIVITY, judge
+    )
 
 
-def sensitivity_claims(records: pd.DataFrame, *layers: str) -> pd.DataFrame:
-    """What runs of 01_sensitivity claimed of these layers and could tell, the newest of each model and text."""
-    found = records[(records["study"] == "01_sensitivity") & (records["status"] == "ok")]
-    about = found["metric"].str.match(f"claim/.*({'|'.join(layers)})")
-    return found[about].drop_duplicates(["model", "metric"], keep="last")
+def divergence_by_kind(records: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Divergence in nats with every layer of a kind at 6-bit activations, no outliers: model → kind → newest."""
+    prefix = "rounded: every "
+    rows = records[
+        (records["study"] == "01_sensitivity") & (records["metric"] == "kl_nats") & (records["status"] == "ok")
+    ]
+    found: dict[str, dict[str, float]] = {}
+    for row in rows.itertuples():
+        if row.method.startswith(prefix) and not row.parameters.get("outliers"):
+            found.setdefault(row.model, {})[row.method.removeprefix(prefix)] = row.value
+    return {model: kinds for model, kinds in found.items() if len(kinds) > 1}
+
+
+def _divergences(kinds: Mapping[str, float]) -> str:
+    ordered = sorted(kinds.items(), key=lambda item: -item[1])
+    return " > ".join(f"{kind} {value:.2g}" for kind, value in ordered[:3]) + " nat"
 
 
 # --- speed and memory -------------------------------------------------------------------------------------------------
@@ -246,9 +262,8 @@ _METHODS_OWN = {"backend", "plan", "plan_sha256", "activation_bits", "weight_bit
 """Parameters in which two methods that are compared may differ."""
 
 RIVALS: dict[str, Callable[[str], bool]] = {
-    "INT8 cuBLAS": lambda method: "int8" in method and "cublas" in method,
+    "INT8": lambda method: "int8" in method,  # on a GPU, cuBLAS
     "ABQ-LLM": lambda method: "abq" in method,
-    "INT8": lambda method: "int8" in method,
     "W8A8": lambda method: method == "w8a8",
     "FP16": lambda method: method in ("fp16", "bf16"),
 }
@@ -258,17 +273,18 @@ def ratios(records: pd.DataFrame, study: str, metric: str, rival: str) -> pd.Dat
     """How many times as much a rival takes as FlexQ: rows of {model, metric, ratio, method, rival, device, on_gpu,
     parameters}, newest last.
 
-    metric: the metric's name, or its beginning.  rival: a key of RIVALS.  Both were measured on the same device with the
+    FlexQ is a method of that name, or of its compiled kernels' in 03_kernels.  metric: the metric's name, or its beginning.  rival: a key of RIVALS.  Both were measured on the same device with the
     same parameters, those apart that are a method's own; of several such rivals the fastest counts.
     """
     rows = records[(records["study"] == study) & (records["status"] == "ok") & records["metric"].str.startswith(metric)]
     rows = [
         row for row in rows.to_dict("records") if not row["parameters"].get("layers")
     ]  # a part of a model is no model
+    kernels = set(BACKENDS) - {"reference", "simulate"} if study == "03_kernels" else set()
     rivals = [row for row in rows if RIVALS[rival](row["method"].lower())]
     found = []
     for mine in rows:
-        if not mine["method"].lower().startswith("flexq"):
+        if mine["method"] not in kernels and not mine["method"].lower().startswith("flexq"):
             continue
         beside = [other for other in rivals if other["value"] and _alike(mine, other)]
         newest = {other["method"]: other for other in beside}  # rows are in the order of time
@@ -331,14 +347,14 @@ def _kernel_reason(records: pd.DataFrame, rival: str) -> str:
 
 def _shape_claim(shape: tuple[int, int], rows: pd.DataFrame) -> Claim:
     def judge(records: pd.DataFrame, tolerance: Tolerance) -> Verdict:
-        ours = kernel_ratios(records, "INT8 cuBLAS")
+        ours = kernel_ratios(records, "INT8")
         cases, told = {}, []
         for row in rows.itertuples():
             ratio = ours.get((*shape, row.tokens))
             cases[f"batch {row.tokens}"] = None if ratio is None else ratio >= (1 - tolerance.share) * row.flexq
             if ratio is not None:
                 told.append(f"batch {row.tokens}: {ratio:.2f}× against {row.flexq:.2f}×")
-        return _settle(cases, told, _kernel_reason(records, "INT8 cuBLAS"))
+        return _settle(cases, told, _kernel_reason(records, "INT8"))
 
     paper_says = ", ".join(f"{value:.2f}×" for value in rows["flexq"])
     first = rows.iloc[0]
@@ -461,7 +477,7 @@ def paper_claims() -> list[Claim]:
     for tokens, rows in kernels.groupby("tokens"):
         stated = rows["flexq"].mean()
         text = f"the kernel is {stated:.2f}× as fast as INT8 cuBLAS at batch {tokens}, the mean of 20 shapes"
-        claims.append(_kernel_mean_claim(text, KERNEL_FIGURE, rows, "INT8 cuBLAS", stated))
+        claims.append(_kernel_mean_claim(text, KERNEL_FIGURE, rows, "INT8", stated))
     claims += [
         _shape_claim(shape, kernels[(kernels["outputs"] == shape[0]) & (kernels["features"] == shape[1])])
         for shape in paper.kernel_shapes()
@@ -729,9 +745,11 @@ def _accuracy_directions(records: pd.DataFrame) -> Iterable[tuple[str, str, str,
 
 
 def _sensitivity_directions(records: pd.DataFrame) -> Iterable[tuple[str, str, str, str]]:
-    found = sensitivity_claims(records, "down_proj", "fc2")
-    for row in found[found["model"].isin(list(DEMO_MODELS))].itertuples():
-        yield row.metric.removeprefix("claim/"), row.model, _yes(row.value == 1), row.reason
+    for model, kinds in divergence_by_kind(records).items():
+        if model in DEMO_MODELS:
+            layer = "fc2" if "fc2" in kinds else "down_proj"
+            most = max(kinds, key=kinds.get)
+            yield f"{layer} is the most sensitive kind of layer", model, _yes(most == layer), _divergences(kinds)
 
 
 def _speed_directions(records: pd.DataFrame) -> Iterable[tuple[str, str, str, str]]:
@@ -794,7 +812,7 @@ def plot_perplexity(records: pd.DataFrame) -> Figure:
 
 def plot_kernels(records: pd.DataFrame) -> Figure:
     """The paper's speed-up over INT8 cuBLAS by shape and batch, ABQ-LLM beside it, ours as stars where measured."""
-    table, ours = paper_kernel_ratios(), kernel_ratios(records, "INT8 cuBLAS")
+    table, ours = paper_kernel_ratios(), kernel_ratios(records, "INT8")
     shapes = paper.kernel_shapes()[::-1]
     model_of = {(r.outputs, r.features): r.model for r in table.itertuples()}
     figure, axes = plt.subplots(1, 3, figsize=(figures.FULL_PAGE[0], 5.2), sharey=True, sharex=True)

@@ -39,8 +39,8 @@ def execute(study: str, parameters: Mapping[str, Any]) -> Path:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    model = parameters.get("model")
-    copy = paths.outputs() / "notebooks" / (f"{study}-{paths.model_label(model)}.ipynb" if model else f"{study}.ipynb")
+    name = f"{study}-{paths.run_label(parameters)}" if "model" in parameters else study
+    copy = paths.outputs() / "notebooks" / f"{name}.ipynb"
     copy.parent.mkdir(parents=True, exist_ok=True)
     with _this_python_as_kernel():
         try:

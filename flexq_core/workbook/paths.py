@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
@@ -21,6 +23,12 @@ def outputs() -> Path:
 def model_label(model: str) -> str:
     """A model's name as a file's: `org/name` as `org--name`; no folder's name leads out of the outputs."""
     return re.sub(r"[^\w.-]+", "--", model).strip("-.") or "model"
+
+
+def run_label(parameters: Mapping[str, Any]) -> str:
+    """What tells a run's files from those of other runs: its model, and the outliers put into it."""
+    outliers = parameters.get("outliers", 0)
+    return model_label(str(parameters.get("model", "all"))) + (f"-outliers-{outliers:g}" if outliers else "")
 
 
 def in_log() -> bool:

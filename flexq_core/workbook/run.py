@@ -67,9 +67,9 @@ class Run:
         return iter(tqdm(iterable, desc=desc, total=total, mininterval=0.5, leave=False))
 
     def figure(self, figure: Any, name: str, *, caption: str) -> Path:
-        """Save a figure as SVG and PNG under outputs/figures/<study>/<model>/ and return the SVG's path."""
-        label = paths.model_label(str(self.parameters.get("model", "all")))
-        return figures.save(figure, self.outputs / "figures" / self.study / label, name, caption=caption)
+        """Save a figure as SVG and PNG under outputs/figures/<study>/<run>/ and return the SVG's path."""
+        folder = self.outputs / "figures" / self.study / paths.run_label(self.parameters)
+        return figures.save(figure, folder, name, caption=caption)
 
     def claim(self, text: str, holds: bool | None, detail: str = "") -> None:
         """State a claim and whether this run's records bear it out; `finish` fails the run if one does not hold.

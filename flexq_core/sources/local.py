@@ -1,0 +1,61 @@
+"""Datasets in a local folder, found by name: for machines without network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FORMATS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".json": "json",
+    ".jsonl": "json",
+    ".json.gz": "json",
+    ".txt": "text",
+}
+"""How a file's name ends → the `datasets` builder that reads it."""
+
+
+class LocalDataError(ValueError):
+    """A folder that lacks what was asked for; the message says which files would do."""
+
+
+def find_split(folder: str | Path, name: str, splits: Iterable[str]) -> tuple[list[Path], str]:
+    """The files of a dataset in a folder, and which of `splits`, in order of preference, they are.
+
+    name, splits: letters and digits that the path below the folder must contain; case and punctuation do not count, so that
+    `ARC-Easy/test-00000-of-00001.parquet` is arc_easy's test split.
+    Raises LocalDataError where the folder is absent, or no file of `FORMATS` fits.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise LocalDataError(f"data_dir is {str(folder)!r}; accepted: a folder that exists, or '' for the hub")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _builder(path)]
+    mine = [path for path in files if _plain(name) in _plain(str(path.relative_to(folder)))]
+    for split in splits:
+        of_split = [path for path in mine if _plain(split) in _plain(str(path.relative_to(folder)))]
+        kinds = {_builder(path) for path in of_split}
+        if of_split:  # one format: the same rows may lie there in several
+            kind = next(kind for kind in FORMATS.values() if kind in kinds)
+            return [path for path in of_split if _builder(path) == kind], split
+    wanted = " or ".join(f"{name}_{split}" for split in splits)
+    found = ", ".join(str(path.relative_to(folder)) for path in files[:8]) or "no such file"
+    raise LocalDataError(
+        f"{str(folder)!r} has no data of {name!r}; accepted: a file named like {wanted} that ends in "
+        f"{', '.join(FORMATS)}; found: {found}{', …' if len(files) > 8 else ''}"
+    )
+
+
+def builder_arguments(files: list[Path], split: str) -> dict[str, Any]:
+    """`path` and `data_files` for `datasets.load_dataset` that read these files as `split`."""
+    return {"path": _builder(files[0]), "data_files": {split: [str(path.resolve()) for path in files]}}
+
+
+def _builder(path: Path) -> str | None:
+    return next((builder for suffix, builder in FORMATS.items() if path.name.endswith(suffix)), None)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())

@@ -1,0 +1,49 @@
+"""Reading the notebooks' parameters: names, lists and numbers; what is wrong is said before anything is computed."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+
+def names(text: str, accepted: tuple[str, ...] | None, what: str) -> list[str]:
+    """A comma-separated parameter as a list without repetition; ValueError names the nearest accepted value."""
+    found = _items(text)
+    for name in found if accepted else []:
+        if name not in accepted:
+            nearest = get_close_matches(name, accepted, n=1)
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            raise ValueError(f"no {what} is called {name!r}{hint}; accepted: {', '.join(accepted)}")
+    if accepted and not found:
+        raise ValueError(f"no {what} is given; accepted: {', '.join(accepted)}")
+    return found
+
+
+def require_at_least(least: float, **values: float) -> None:
+    """Raise ValueError, naming the parameter, for a value below `least`."""
+    for name, value in values.items():
+        if not value >= least:
+            raise ValueError(f"{name} is {value}; accepted: {least} or more")
+
+
+def one_of(text: str, accepted: tuple[str, ...], what: str) -> str:
+    """The parameter itself; ValueError names the nearest accepted value unless it is exactly one of them."""
+    found = names(text, accepted, what)
+    if len(found) > 1:
+        raise ValueError(f"{what} is {text!r}; accepted: one of {', '.join(accepted)}")
+    return found[0]
+
+
+def counts(text: str, what: str) -> list[int]:
+    """Comma-separated whole numbers of 1 or more, without repetition and in order; ValueError names the first other."""
+    accepted = "accepted: whole numbers of 1 or more, comma-separated, such as 1,8,64"
+    for item in _items(text):
+        if not (item.isascii() and item.isdigit() and int(item)):
+            raise ValueError(f"{what} holds {item!r}; {accepted}")
+    found = sorted({int(item) for item in _items(text)})
+    if not found:
+        raise ValueError(f"{what} is empty; {accepted}")
+    return found
+
+
+def _items(text: str) -> list[str]:
+    return list(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
