@@ -8,6 +8,7 @@ paper: what they show is told apart, in `directions`.
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -271,25 +272,23 @@ RIVALS: dict[str, Callable[[str], bool]] = {
 
 def ratios(records: pd.DataFrame, study: str, metric: str, rival: str) -> pd.DataFrame:
     """How many times as much a rival takes as FlexQ: rows of {model, metric, ratio, method, rival, device, on_gpu,
-    parameters}, newest last.
+    parameters}.
 
-    FlexQ is a method of that name, or of its compiled kernels' in 03_kernels.  metric: the metric's name, or its beginning.  rival: a key of RIVALS.  Both were measured on the same device with the
-    same parameters, those apart that are a method's own; of several such rivals the fastest counts.
+    FlexQ is a method whose name begins so, and in 03_kernels its compiled backends.  metric: the metric's name, or its
+    beginning.  rival: a key of RIVALS.  Both were measured on the same device with the same parameters, those apart that
+    are a method's own; of several such rivals the fastest counts, of the same case the newest record.
     """
     rows = records[(records["study"] == study) & (records["status"] == "ok") & records["metric"].str.startswith(metric)]
-    rows = [
-        row for row in rows.to_dict("records") if not row["parameters"].get("layers")
-    ]  # a part of a model is no model
+    whole = [row for row in rows.to_dict("records") if row["value"] and not row["parameters"].get("layers")]
+    newest = {_case(row): row for row in whole}.values()  # rows are in the order of time
     kernels = set(BACKENDS) - {"reference", "simulate"} if study == "03_kernels" else set()
-    rivals = [row for row in rows if RIVALS[rival](row["method"].lower())]
+    rivals = [row for row in newest if RIVALS[rival](row["method"].lower())]
     found = []
-    for mine in rows:
+    for mine in newest:
         if mine["method"] not in kernels and not mine["method"].lower().startswith("flexq"):
             continue
-        beside = [other for other in rivals if other["value"] and _alike(mine, other)]
-        newest = {other["method"]: other for other in beside}  # rows are in the order of time
-        if newest and mine["value"]:
-            best = min(newest.values(), key=lambda other: other["value"])
+        best = min((other for other in rivals if _alike(mine, other)), key=lambda other: other["value"], default=None)
+        if best:
             found.append(
                 {
                     **{name: mine[name] for name in ("model", "metric", "method", "device", "parameters")},
@@ -300,6 +299,10 @@ def ratios(records: pd.DataFrame, study: str, metric: str, rival: str) -> pd.Dat
             )
     columns = ["model", "metric", "ratio", "method", "rival", "device", "on_gpu", "parameters"]
     return pd.DataFrame(found, columns=columns)
+
+
+def _case(row: Mapping[str, Any]) -> str:
+    return json.dumps([row[name] for name in ("model", "method", "metric", "device", "parameters")], sort_keys=True)
 
 
 def _alike(mine: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -682,17 +685,17 @@ FINDINGS: tuple[Callable[[], Finding], ...] = (
     best_over_fp16,
 )
 
-RELEASE = "github.com/FlyFoxPlayer/FlexQ"
+RELEASE = "FlexQ on GitHub, by FlyFoxPlayer"
 READINGS: tuple[tuple[str, str], ...] = (
-    ("algorithm/", "the sensitivity analysis is not there: the layer with 8-bit activations is hard-coded"),
-    ("algorithm/, engine/", "accuracy is measured with fake quantisation, speed with random bits in a separate engine"),
-    ("engine/", "the kernel test allows ±6.55 absolute, against a reference that reads the GPU's own packed buffers"),
-    ("engine/", "the INT8 cuBLAS baseline is timed without a warm-up"),
-    ("engine/, e2e/", "there is no checkpoint format, and nothing runs without an NVIDIA GPU"),
-    ("algorithm/", "a group of zeros divides 0 by 0"),
+    ("algorithm", "the sensitivity analysis is not there: the layer with 8-bit activations is hard-coded"),
+    ("algorithm, engine", "accuracy is measured with fake quantisation, speed with random bits in a separate engine"),
+    ("engine", "the kernel test allows ±6.55 absolute, against a reference that reads the GPU's own packed buffers"),
+    ("engine", "the INT8 cuBLAS baseline is timed without a warm-up"),
+    ("engine, e2e", "there is no checkpoint format, and nothing runs without an NVIDIA GPU"),
+    ("algorithm", "a group of zeros divides 0 by 0"),
     ("README", "the abstract now says no more than 0.1 on WikiText-2, where its first version says no more than 0.05"),
 )
-"""Read in the public release, not measured here: (where, what)."""
+"""Read in the public release, not measured here: (folder or file of the release, what)."""
 
 
 def findings() -> list[Finding]:
@@ -844,24 +847,17 @@ def plot_end_to_end(records: pd.DataFrame) -> Figure:
     shades = dict(zip(lengths, ("#b3cde3", "#6baed6", figures.MAIN, "#08306b"), strict=True))
     figure, axes = plt.subplots(1, 2, figsize=figures.FULL_PAGE)
     for axis, quantity in zip(axes, _QUANTITIES, strict=True):
-        ours, labelled = end_to_end_ratios(records, quantity, "W8A8"), False
+        ours = end_to_end_ratios(records, quantity, "W8A8")
         for offset, tokens in enumerate(lengths):
             rows = table[table["output_tokens"] == tokens].set_index("model")[quantity]
             places = [models.index(model) + 0.2 * (offset - 1.5) for model in rows.index]
             axis.bar(places, rows, width=0.18, color=shades[tokens], label=f"{tokens} tokens")
-            mine = [
-                (place, ours[model, tokens])
-                for place, model in zip(places, models, strict=True)
-                if (model, tokens) in ours
-            ]
-            if mine:
-                axis.scatter(*zip(*mine, strict=True), label=None if labelled else "measured here", **_OURS)
-                labelled = True
-        axis.axhline(HEADLINES[quantity], color=figures.ACCENT, lw=1.2, ls="--", label="the abstract's number")
-        axis.annotate(
-            f"{HEADLINES[quantity]}×", (len(models) - 0.5, HEADLINES[quantity]), ha="right", va="bottom", fontsize=8
-        )
+            stars = {place: ours.get((model, tokens)) for place, model in zip(places, rows.index, strict=True)}
+            stars = {place: ratio for place, ratio in stars.items() if ratio is not None}
+            axis.scatter(list(stars), list(stars.values()), label="measured here" if stars else None, **_OURS)
+        axis.axhline(HEADLINES[quantity], color=figures.ACCENT, lw=1.2, ls="--", label="the abstract")
         top = max([table[quantity].max(), *ours.values()])
+        axis.set(title=f"the abstract: {HEADLINES[quantity]}×")
         axis.set(ylabel=f"{quantity}, W8A8 ÷ FlexQ (×)", ylim=(1, 1 + 1.15 * (top - 1)))
         axis.set_xticks(range(len(models)), models)
         axis.grid(False, axis="x")
@@ -900,9 +896,7 @@ class ReportStudy:
         for found in self.findings:
             measured[f"finding/{found.where}/{found.claim}"] = Measurement(float(found.agrees), "1", found.finding)
         for where, what in READINGS:
-            measured[f"reading/{RELEASE.rsplit('/', 1)[-1]}: {where.replace('/', '')}/{what}"] = Measurement(
-                None, "", what
-            )
+            measured[f"reading/{RELEASE}: {where}/{what}"] = Measurement(None, "")
         self.run.records.replace(
             model="", method="paper", parameters={"run": self.run.parameters}, seed=0, measured=measured
         )
