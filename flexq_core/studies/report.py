@@ -8,6 +8,7 @@ paper: what they show is told apart, in `directions`.
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from flexq_core.runtime.ops import BACKENDS
 from flexq_core.sources import paper
 from flexq_core.sources.architectures import ARCHITECTURES
 from flexq_core.sources.demo import DEMO_MODELS
@@ -38,6 +40,7 @@ LEAST_WINDOWS = {"wikitext2": 160, "c4": 256}
 """The protocol: all of WikiText-2's test text, which LLaMA's tokenizer makes 166 windows of, and 256 windows of C4."""
 
 ABSTRACT = "abstract"
+SENSITIVITY = "§3.1, sensitivity analysis"
 PERPLEXITY_TABLES = "§4.2, perplexity tables"
 KERNEL_FIGURE = "§4.3, kernel figure"
 END_TO_END_FIGURE = "end-to-end figure"
@@ -223,21 +226,35 @@ def _beyond(reason: str) -> Callable[[pd.DataFrame, Tolerance], Verdict]:
 
 def _sensitivity_claim(layer: str, family: str) -> Claim:
     def judge(records: pd.DataFrame, _: Tolerance) -> Verdict:
-        found = sensitivity_claims(records, layer)
-        found = found[found["model"].isin(name for name, a in ARCHITECTURES.items() if a.family == family.lower())]
-        cases = {f"{r.model}: {r.metric[6:]}": bool(r.value) for r in found.itertuples()}
+        models = [name for name, architecture in ARCHITECTURES.items() if architecture.family == family.lower()]
+        found = {model: kinds for model, kinds in divergence_by_kind(records).items() if model in models}
+        cases = {model: max(kinds, key=kinds.get) == layer for model, kinds in found.items()}
         example = "llama-2-7b" if family == "LLaMA" else "opt-6.7b"
         command = _RUN.format(notebook="01_sensitivity", more=f" -p model {example}")
-        return _settle(cases or {layer: None}, cases, f"needs the weights of one, such as {example}: {command}")
+        told = [f"{model}: {_divergences(kinds)}" for model, kinds in found.items()]
+        return _settle(cases or {layer: None}, told, f"needs the weights of one, such as {example}: {command}")
 
-    return Claim(f"{layer} is the layer of {family} models that is sensitive to 6-bit activations", "§3, method", judge)
+    return Claim(
+        f"{layer} is the layer of {family} models that is most sensitive to 6-bit activations", SENSITIVITY, judge
+    )
 
 
-def sensitivity_claims(records: pd.DataFrame, *layers: str) -> pd.DataFrame:
-    """What runs of 01_sensitivity claimed of these layers and could tell, the newest of each model and text."""
-    found = records[(records["study"] == "01_sensitivity") & (records["status"] == "ok")]
-    about = found["metric"].str.match(f"claim/.*({'|'.join(layers)})")
-    return found[about].drop_duplicates(["model", "metric"], keep="last")
+def divergence_by_kind(records: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Divergence in nats with every layer of a kind at 6-bit activations, no outliers: model → kind → newest."""
+    prefix = "rounded: every "
+    rows = records[
+        (records["study"] == "01_sensitivity") & (records["metric"] == "kl_nats") & (records["status"] == "ok")
+    ]
+    found: dict[str, dict[str, float]] = {}
+    for row in rows.itertuples():
+        if row.method.startswith(prefix) and not row.parameters.get("outliers"):
+            found.setdefault(row.model, {})[row.method.removeprefix(prefix)] = row.value
+    return {model: kinds for model, kinds in found.items() if len(kinds) > 1}
+
+
+def _divergences(kinds: Mapping[str, float]) -> str:
+    ordered = sorted(kinds.items(), key=lambda item: -item[1])
+    return " > ".join(f"{kind} {value:.2g}" for kind, value in ordered[:3]) + " nat"
 
 
 # --- speed and memory -------------------------------------------------------------------------------------------------
@@ -246,9 +263,8 @@ _METHODS_OWN = {"backend", "plan", "plan_sha256", "activation_bits", "weight_bit
 """Parameters in which two methods that are compared may differ."""
 
 RIVALS: dict[str, Callable[[str], bool]] = {
-    "INT8 cuBLAS": lambda method: "int8" in method and "cublas" in method,
+    "INT8": lambda method: "int8" in method,  # on a GPU, cuBLAS
     "ABQ-LLM": lambda method: "abq" in method,
-    "INT8": lambda method: "int8" in method,
     "W8A8": lambda method: method == "w8a8",
     "FP16": lambda method: method in ("fp16", "bf16"),
 }
@@ -256,24 +272,23 @@ RIVALS: dict[str, Callable[[str], bool]] = {
 
 def ratios(records: pd.DataFrame, study: str, metric: str, rival: str) -> pd.DataFrame:
     """How many times as much a rival takes as FlexQ: rows of {model, metric, ratio, method, rival, device, on_gpu,
-    parameters}, newest last.
+    parameters}.
 
-    metric: the metric's name, or its beginning.  rival: a key of RIVALS.  Both were measured on the same device with the
-    same parameters, those apart that are a method's own; of several such rivals the fastest counts.
+    FlexQ is a method whose name begins so, and in 03_kernels its compiled backends.  metric: the metric's name, or its
+    beginning.  rival: a key of RIVALS.  Both were measured on the same device with the same parameters, those apart that
+    are a method's own; of several such rivals the fastest counts, of the same case the newest record.
     """
     rows = records[(records["study"] == study) & (records["status"] == "ok") & records["metric"].str.startswith(metric)]
-    rows = [
-        row for row in rows.to_dict("records") if not row["parameters"].get("layers")
-    ]  # a part of a model is no model
-    rivals = [row for row in rows if RIVALS[rival](row["method"].lower())]
+    whole = [row for row in rows.to_dict("records") if row["value"] and not row["parameters"].get("layers")]
+    newest = {_case(row): row for row in whole}.values()  # rows are in the order of time
+    kernels = set(BACKENDS) - {"reference", "simulate"} if study == "03_kernels" else set()
+    rivals = [row for row in newest if RIVALS[rival](row["method"].lower())]
     found = []
-    for mine in rows:
-        if not mine["method"].lower().startswith("flexq"):
+    for mine in newest:
+        if mine["method"] not in kernels and not mine["method"].lower().startswith("flexq"):
             continue
-        beside = [other for other in rivals if other["value"] and _alike(mine, other)]
-        newest = {other["method"]: other for other in beside}  # rows are in the order of time
-        if newest and mine["value"]:
-            best = min(newest.values(), key=lambda other: other["value"])
+        best = min((other for other in rivals if _alike(mine, other)), key=lambda other: other["value"], default=None)
+        if best:
             found.append(
                 {
                     **{name: mine[name] for name in ("model", "metric", "method", "device", "parameters")},
@@ -284,6 +299,10 @@ def ratios(records: pd.DataFrame, study: str, metric: str, rival: str) -> pd.Dat
             )
     columns = ["model", "metric", "ratio", "method", "rival", "device", "on_gpu", "parameters"]
     return pd.DataFrame(found, columns=columns)
+
+
+def _case(row: Mapping[str, Any]) -> str:
+    return json.dumps([row[name] for name in ("model", "method", "metric", "device", "parameters")], sort_keys=True)
 
 
 def _alike(mine: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -331,14 +350,14 @@ def _kernel_reason(records: pd.DataFrame, rival: str) -> str:
 
 def _shape_claim(shape: tuple[int, int], rows: pd.DataFrame) -> Claim:
     def judge(records: pd.DataFrame, tolerance: Tolerance) -> Verdict:
-        ours = kernel_ratios(records, "INT8 cuBLAS")
+        ours = kernel_ratios(records, "INT8")
         cases, told = {}, []
         for row in rows.itertuples():
             ratio = ours.get((*shape, row.tokens))
             cases[f"batch {row.tokens}"] = None if ratio is None else ratio >= (1 - tolerance.share) * row.flexq
             if ratio is not None:
                 told.append(f"batch {row.tokens}: {ratio:.2f}× against {row.flexq:.2f}×")
-        return _settle(cases, told, _kernel_reason(records, "INT8 cuBLAS"))
+        return _settle(cases, told, _kernel_reason(records, "INT8"))
 
     paper_says = ", ".join(f"{value:.2f}×" for value in rows["flexq"])
     first = rows.iloc[0]
@@ -461,7 +480,7 @@ def paper_claims() -> list[Claim]:
     for tokens, rows in kernels.groupby("tokens"):
         stated = rows["flexq"].mean()
         text = f"the kernel is {stated:.2f}× as fast as INT8 cuBLAS at batch {tokens}, the mean of 20 shapes"
-        claims.append(_kernel_mean_claim(text, KERNEL_FIGURE, rows, "INT8 cuBLAS", stated))
+        claims.append(_kernel_mean_claim(text, KERNEL_FIGURE, rows, "INT8", stated))
     claims += [
         _shape_claim(shape, kernels[(kernels["outputs"] == shape[0]) & (kernels["features"] == shape[1])])
         for shape in paper.kernel_shapes()
@@ -666,17 +685,17 @@ FINDINGS: tuple[Callable[[], Finding], ...] = (
     best_over_fp16,
 )
 
-RELEASE = "github.com/FlyFoxPlayer/FlexQ"
+RELEASE = "FlexQ on GitHub, by FlyFoxPlayer"
 READINGS: tuple[tuple[str, str], ...] = (
-    ("algorithm/", "the sensitivity analysis is not there: the layer with 8-bit activations is hard-coded"),
-    ("algorithm/, engine/", "accuracy is measured with fake quantisation, speed with random bits in a separate engine"),
-    ("engine/", "the kernel test allows ±6.55 absolute, against a reference that reads the GPU's own packed buffers"),
-    ("engine/", "the INT8 cuBLAS baseline is timed without a warm-up"),
-    ("engine/, e2e/", "there is no checkpoint format, and nothing runs without an NVIDIA GPU"),
-    ("algorithm/", "a group of zeros divides 0 by 0"),
+    ("algorithm", "the sensitivity analysis is not there: the layer with 8-bit activations is hard-coded"),
+    ("algorithm, engine", "accuracy is measured with fake quantisation, speed with random bits in a separate engine"),
+    ("engine", "the kernel test allows ±6.55 absolute, against a reference that reads the GPU's own packed buffers"),
+    ("engine", "the INT8 cuBLAS baseline is timed without a warm-up"),
+    ("engine, e2e", "there is no checkpoint format, and nothing runs without an NVIDIA GPU"),
+    ("algorithm", "a group of zeros divides 0 by 0"),
     ("README", "the abstract now says no more than 0.1 on WikiText-2, where its first version says no more than 0.05"),
 )
-"""Read in the public release, not measured here: (where, what)."""
+"""Read in the public release, not measured here: (folder or file of the release, what)."""
 
 
 def findings() -> list[Finding]:
@@ -729,9 +748,11 @@ def _accuracy_directions(records: pd.DataFrame) -> Iterable[tuple[str, str, str,
 
 
 def _sensitivity_directions(records: pd.DataFrame) -> Iterable[tuple[str, str, str, str]]:
-    found = sensitivity_claims(records, "down_proj", "fc2")
-    for row in found[found["model"].isin(list(DEMO_MODELS))].itertuples():
-        yield row.metric.removeprefix("claim/"), row.model, _yes(row.value == 1), row.reason
+    for model, kinds in divergence_by_kind(records).items():
+        if model in DEMO_MODELS:
+            layer = "fc2" if "fc2" in kinds else "down_proj"
+            most = max(kinds, key=kinds.get)
+            yield f"{layer} is the most sensitive kind of layer", model, _yes(most == layer), _divergences(kinds)
 
 
 def _speed_directions(records: pd.DataFrame) -> Iterable[tuple[str, str, str, str]]:
@@ -794,7 +815,7 @@ def plot_perplexity(records: pd.DataFrame) -> Figure:
 
 def plot_kernels(records: pd.DataFrame) -> Figure:
     """The paper's speed-up over INT8 cuBLAS by shape and batch, ABQ-LLM beside it, ours as stars where measured."""
-    table, ours = paper_kernel_ratios(), kernel_ratios(records, "INT8 cuBLAS")
+    table, ours = paper_kernel_ratios(), kernel_ratios(records, "INT8")
     shapes = paper.kernel_shapes()[::-1]
     model_of = {(r.outputs, r.features): r.model for r in table.itertuples()}
     figure, axes = plt.subplots(1, 3, figsize=(figures.FULL_PAGE[0], 5.2), sharey=True, sharex=True)
@@ -826,24 +847,17 @@ def plot_end_to_end(records: pd.DataFrame) -> Figure:
     shades = dict(zip(lengths, ("#b3cde3", "#6baed6", figures.MAIN, "#08306b"), strict=True))
     figure, axes = plt.subplots(1, 2, figsize=figures.FULL_PAGE)
     for axis, quantity in zip(axes, _QUANTITIES, strict=True):
-        ours, labelled = end_to_end_ratios(records, quantity, "W8A8"), False
+        ours = end_to_end_ratios(records, quantity, "W8A8")
         for offset, tokens in enumerate(lengths):
             rows = table[table["output_tokens"] == tokens].set_index("model")[quantity]
             places = [models.index(model) + 0.2 * (offset - 1.5) for model in rows.index]
             axis.bar(places, rows, width=0.18, color=shades[tokens], label=f"{tokens} tokens")
-            mine = [
-                (place, ours[model, tokens])
-                for place, model in zip(places, models, strict=True)
-                if (model, tokens) in ours
-            ]
-            if mine:
-                axis.scatter(*zip(*mine, strict=True), label=None if labelled else "measured here", **_OURS)
-                labelled = True
-        axis.axhline(HEADLINES[quantity], color=figures.ACCENT, lw=1.2, ls="--", label="the abstract's number")
-        axis.annotate(
-            f"{HEADLINES[quantity]}×", (len(models) - 0.5, HEADLINES[quantity]), ha="right", va="bottom", fontsize=8
-        )
+            stars = {place: ours.get((model, tokens)) for place, model in zip(places, rows.index, strict=True)}
+            stars = {place: ratio for place, ratio in stars.items() if ratio is not None}
+            axis.scatter(list(stars), list(stars.values()), label="measured here" if stars else None, **_OURS)
+        axis.axhline(HEADLINES[quantity], color=figures.ACCENT, lw=1.2, ls="--", label="the abstract")
         top = max([table[quantity].max(), *ours.values()])
+        axis.set(title=f"the abstract: {HEADLINES[quantity]}×")
         axis.set(ylabel=f"{quantity}, W8A8 ÷ FlexQ (×)", ylim=(1, 1 + 1.15 * (top - 1)))
         axis.set_xticks(range(len(models)), models)
         axis.grid(False, axis="x")
@@ -882,9 +896,7 @@ class ReportStudy:
         for found in self.findings:
             measured[f"finding/{found.where}/{found.claim}"] = Measurement(float(found.agrees), "1", found.finding)
         for where, what in READINGS:
-            measured[f"reading/{RELEASE.rsplit('/', 1)[-1]}: {where.replace('/', '')}/{what}"] = Measurement(
-                None, "", what
-            )
+            measured[f"reading/{RELEASE}: {where}/{what}"] = Measurement(None, "")
         self.run.records.replace(
             model="", method="paper", parameters={"run": self.run.parameters}, seed=0, measured=measured
         )

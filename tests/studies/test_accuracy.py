@@ -12,7 +12,7 @@ from flexq_core.quant.layers import linear_layers
 from flexq_core.sources import data
 from flexq_core.sources.models import ModelError, load_model
 from flexq_core.sources.text import Text
-from flexq_core.studies.accuracy import AccuracyStudy, claims, perplexity, plot_change, plot_size
+from flexq_core.studies.accuracy import AccuracyStudy, Perplexity, claims, order_of, perplexity, plot_change, plot_size
 from flexq_core.workbook.records import Records
 from tests.models import tiny_model
 
@@ -29,6 +29,7 @@ def test_perplexity_is_the_exponential_of_the_mean_over_scored_tokens():
     assert score.tokens == 5 * 19
     assert math.isclose(score.nll_nats, total, rel_tol=1e-5)
     assert math.isclose(score.value, math.exp(total / 95), rel_tol=1e-5)
+    assert math.isclose(sum(score.block_nats) / 5, total / 95, rel_tol=1e-5)
 
 
 def test_windows_do_not_overlap_and_drop_the_rest():
@@ -124,3 +125,27 @@ def test_both_figures_are_drawn(tmp_path):
     table = a_study(tmp_path, methods="fp16,flexq", task_limit=1).table()
     assert plot_change(table, "demo-opt").axes and plot_size(table, "demo-opt").axes
     assert all(holds for _, holds, _ in claims(table[table["backend"] == "torch"], outliers=0.0))
+
+
+def scored(*block_nats):
+    return Perplexity(sum(block_nats), len(block_nats), block_nats).measurements()
+
+
+def values(measurements):
+    return {metric: measurement.value for metric, measurement in measurements.items()}
+
+
+@pytest.mark.parametrize(
+    ("after", "holds", "sign"),
+    [
+        ((1.9, 2.9, 3.9, 4.91), True, ">"),  # falls everywhere
+        ((2.1, 3.1, 4.1, 5.09), False, "<"),  # rises everywhere
+        ((2.3, 2.8, 4.1, 4.9), True, "≈"),  # rises by chance: the blocks do not agree
+        ((1.8, 3.1, 3.9, 5.1), True, "≈"),
+    ],
+)
+def test_an_order_is_false_only_where_the_text_can_tell(after, holds, sign):
+    before = values(scored(2.0, 3.0, 4.0, 5.0))
+    found, text = order_of([before, values(scored(*after))])
+    assert found is holds
+    assert text.split()[1] == sign
