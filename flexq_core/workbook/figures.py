@@ -14,6 +14,9 @@ FULL_PAGE = (7.2, 3.4)
 METHOD_COLOURS = {
     "fp32": INK,
     "fp16": INK,
+    "bf16": "#5c6670",
+    "w8a16": "#e69f00",
+    "w8a8": "#cc79a7",
     "rtn-w6a6": NEUTRAL,
     "smoothquant-w8a8": "#cc79a7",
     "smoothquant-w6a6": "#e69f00",
