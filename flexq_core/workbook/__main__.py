@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from flexq_core.workbook import paths
 from flexq_core.workbook.execute import DEMO, NotebookError, execute, execute_all, reproduction
-from flexq_core.workbook.records import RecordError, is_current, load_records, read_jsonl, write_atomically, write_jsonl
+from flexq_core.workbook.records import (
+    RecordError,
+    is_current,
+    load_records,
+    load_reference,
+    read_jsonl,
+    write_atomically,
+    write_jsonl,
+)
 from flexq_core.workbook.report import accuracy_table, build_report, readable, readme_with_results
 from flexq_core.workbook.run import ParameterError
 
@@ -82,9 +89,17 @@ def _report(_: argparse.Namespace | None) -> int:
     return 0
 
 
+_DETAIL = re.compile(r"(loss_nats|relative_error_a\d|sqnr_a\d_db|predicted_kl_a\d_nats)/")
+"""Measures of single layers and of parts of a text: thousands of lines from which the others were made."""
+
+
 def _reference(options: argparse.Namespace) -> int:
     for file in sorted((paths.outputs() / "records").glob("*.jsonl")):
-        kept = [record for record in read_jsonl(file) if is_current(record) and not Path(record.model).is_absolute()]
+        kept = [
+            record
+            for record in read_jsonl(file)
+            if is_current(record) and not Path(record.model).is_absolute() and not _DETAIL.match(record.metric)
+        ]
         if kept:
             copy = paths.REFERENCE / paths.model_label(options.machine) / "records" / file.name
             write_jsonl(copy, kept)
@@ -94,10 +109,7 @@ def _reference(options: argparse.Namespace) -> int:
 
 def _readme(_: argparse.Namespace) -> int:
     readme = paths.ROOT / "README.md"
-    records = pd.concat(
-        [load_records(folder) for folder in sorted(paths.REFERENCE.glob("*/"))] or [load_records(paths.REFERENCE)]
-    )
-    write_atomically(readme, readme_with_results(readme.read_text(encoding="utf-8"), records))
+    write_atomically(readme, readme_with_results(readme.read_text(encoding="utf-8"), load_reference()))
     return 0
 
 

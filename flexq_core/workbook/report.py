@@ -173,7 +173,7 @@ def _runs(claims: pd.DataFrame) -> list[str]:
     for model, mine in zip(claims["model"], parameters, strict=True):
         others = [p for m, p in zip(claims["model"], parameters, strict=True) if m == model]
         differing = [name for name in mine if any(other.get(name) != mine[name] for other in others)]
-        labels.append(", ".join([model, *(f"{name}={mine[name]}" for name in differing)]))
+        labels.append(", ".join(filter(None, [model, *(f"{name}={mine[name]}" for name in differing)])))
     return labels
 
 
