@@ -319,7 +319,7 @@ class SensitivityStudy:
 
     def save(self, plan: PrecisionPlan) -> Path:
         """Write the plan to outputs/plans/, where `-p plan <file>` of 02_accuracy finds it; returns its path."""
-        path = self.run.outputs / "plans" / f"{paths.run_label(self.run.parameters)}.json"
+        path = paths.plan_file(self.run.parameters)
         write_atomically(path, plan.to_json())
         return path
 

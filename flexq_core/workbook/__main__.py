@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from flexq_core.workbook import paths
-from flexq_core.workbook.execute import DEMO, NotebookError, execute, execute_all
+from flexq_core.workbook.execute import DEMO, NotebookError, execute, execute_all, reproduction
 from flexq_core.workbook.records import RecordError, is_current, load_records, read_jsonl, write_atomically, write_jsonl
 from flexq_core.workbook.report import accuracy_table, build_report, readable, readme_with_results
 from flexq_core.workbook.run import ParameterError
@@ -32,6 +32,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     demo = commands.add_parser("demo", help="run the notebooks on the demo models and build the report")
     demo.set_defaults(command=_demo)
+    whole = commands.add_parser(
+        "reproduce", help="run every notebook on one model; what is on record is not computed again"
+    )
+    whole.add_argument("model", help="a demo model, a paper model such as llama-2-7b, a hub id or a local folder")
+    whole.add_argument("--data-dir", default="", help="a folder that holds the texts and tasks (default: the hub)")
+    whole.set_defaults(command=_reproduce)
     run = commands.add_parser("run", help="run one notebook")
     run.add_argument("notebook", choices=sorted(path.stem for path in paths.NOTEBOOKS.glob("*.ipynb")))
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
@@ -49,8 +55,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(_: argparse.Namespace) -> int:
     print("Notebooks on the demo models; what is on record is not computed again.")
-    well = execute_all(list(DEMO))
-    _report(_)
+    return _finish(execute_all(DEMO))
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    print(f"Notebooks on {options.model}; what is on record is not computed again.")
+    return _finish(execute_all(reproduction(options.model, options.data_dir), stop_at_failure=True))
+
+
+def _finish(well: bool) -> int:
+    """Build the report, print the headline table, and return the exit status."""
+    _report(None)
     print("\n" + readable(accuracy_table(load_records())).to_string(index=False))
     return 0 if well else 1
 
@@ -61,7 +76,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _report(_: argparse.Namespace) -> int:
+def _report(_: argparse.Namespace | None) -> int:
     page = build_report()
     print(f"\nreport     {page}\nnotebooks  {page.parent / 'notebooks'}\nrecords    {page.parent / 'records'}")
     return 0

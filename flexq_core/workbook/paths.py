@@ -31,6 +31,11 @@ def run_label(parameters: Mapping[str, Any]) -> str:
     return model_label(str(parameters.get("model", "all"))) + (f"-outliers-{outliers:g}" if outliers else "")
 
 
+def plan_file(parameters: Mapping[str, Any]) -> Path:
+    """Where 01_sensitivity writes the plan that it makes."""
+    return outputs() / "plans" / f"{run_label(parameters)}.json"
+
+
 def in_log() -> bool:
     """Whether what is printed goes to a file rather than to a terminal or a live notebook."""
     return not sys.stderr.isatty() and ("ipykernel" not in sys.modules or "FLEXQ_HEADLESS" in os.environ)

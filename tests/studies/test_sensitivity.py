@@ -103,7 +103,8 @@ def test_one_pass_orders_the_layers_as_measuring_each_does(study, layers):
     assert sorted(set(layers["block"])) == list(range(6))
 
 
-def test_with_outliers_the_plan_beats_the_rule_and_02_can_read_it(study, layers):
+def test_with_outliers_the_plan_beats_the_rule_and_02_can_read_it(study, layers, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLEXQ_OUTPUTS", str(tmp_path))
     plan = study.plan(layers)
     assert sensitivity.share_at_eight_bits(plan, study.macs) <= study.budget + 1e-9
     assert study.budget == pytest.approx(0.25)  # down_proj of three equal MLP layers, a quarter of all

@@ -9,7 +9,8 @@ from nbformat import v4
 
 from flexq_core.workbook import ParameterError, paths
 from flexq_core.workbook.__main__ import main
-from flexq_core.workbook.execute import execute, execute_all
+from flexq_core.workbook.execute import execute, execute_all, reproduction
+from flexq_core.workbook.run import check_parameters
 
 PARAMETERS = """model: str = "demo"  # which model
 count: int = 1  # how many"""
@@ -98,3 +99,18 @@ def test_a_notebook_that_is_not_there_is_refused(capsys):
     assert caught.value.code == 2
     said = capsys.readouterr().err
     assert "goood" in said and "bad" in said and "good" in said.replace("goood", "")
+
+
+def test_a_reproduction_stops_at_the_first_failure(folder):
+    assert execute_all([("bad", {}), ("good", {})], stop_at_failure=True) is False
+    assert not (folder / "good.ipynb").exists()
+
+
+def test_a_reproduction_scores_the_plan_that_it_made(monkeypatch, folder):
+    steps = reproduction("org/name", "texts")
+    assert [study for study, _ in steps] == sorted(study for study, _ in steps)
+    (plan,) = {parameters["plan"] for _, parameters in steps if "plan" in parameters}
+    assert plan == str(folder.parent / "plans" / "org--name.json")
+    monkeypatch.undo()
+    for study, parameters in steps:
+        check_parameters(study, parameters)
