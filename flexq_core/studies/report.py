@@ -266,7 +266,7 @@ RIVALS: dict[str, Callable[[str], bool]] = {
     "INT8": lambda method: "int8" in method,  # on a GPU, cuBLAS
     "ABQ-LLM": lambda method: "abq" in method,
     "W8A8": lambda method: method == "w8a8",
-    "FP16": lambda method: method in ("fp16", "bf16"),
+    "FP16": lambda method: method == "fp16",
 }
 
 
@@ -340,12 +340,17 @@ def paper_kernel_ratios() -> pd.DataFrame:
     return wide.assign(ratio=wide["flexq"] / wide["abq"])
 
 
-def _kernel_reason(records: pd.DataFrame, rival: str) -> str:
+_ON_GPU = set(BACKENDS) - {"auto", "reference", "simulate", "cpu"}
+_GPU = "an NVIDIA GPU" if _ON_GPU else "a GPU kernel, which is not here yet, and an NVIDIA GPU"
+
+
+def _kernel_reason(records: pd.DataFrame, rival: str, bits: tuple[int, ...] = (6, 8)) -> str:
     if rival == "ABQ-LLM":
         return "ABQ-LLM's kernel is not built here, so there is nothing to time beside ours"
-    timed = (records["study"] == "03_kernels").any()
-    command = _RUN.format(notebook="03_kernels", more="")
-    return f"needs an NVIDIA GPU{'; a processor was timed here' if timed else ''}: {command}"
+    timed = "; a processor was timed here" if (records["study"] == "03_kernels").any() else ""
+    command = _RUN.format(notebook="03_kernels", more=f" -p shapes paper -p tokens 1,4,8 -p activation_bits {bits[0]}")
+    again = "".join(f", and again with activation_bits {other}" for other in bits[1:])
+    return f"needs {_GPU}{timed}: {command}{again}"
 
 
 def _shape_claim(shape: tuple[int, int], rows: pd.DataFrame) -> Claim:
@@ -357,7 +362,7 @@ def _shape_claim(shape: tuple[int, int], rows: pd.DataFrame) -> Claim:
             cases[f"batch {row.tokens}"] = None if ratio is None else ratio >= (1 - tolerance.share) * row.flexq
             if ratio is not None:
                 told.append(f"batch {row.tokens}: {ratio:.2f}× against {row.flexq:.2f}×")
-        return _settle(cases, told, _kernel_reason(records, "INT8"))
+        return _settle(cases, told, _kernel_reason(records, "INT8", (int(rows["activation_bits"].iloc[0]),)))
 
     paper_says = ", ".join(f"{value:.2f}×" for value in rows["flexq"])
     first = rows.iloc[0]
@@ -402,14 +407,17 @@ def paper_end_to_end_ratios() -> pd.DataFrame:
     return table.assign(latency=latency, memory=memory)[[*keys, "method", "latency", "memory"]].reset_index(drop=True)
 
 
-_QUANTITIES = {"latency": ("total_s/", "as fast as"), "memory": ("peak", "smaller in memory than")}
+_QUANTITIES = {"latency": ("total_s/", "as fast as"), "memory": ("memory_mib/", "smaller in memory than")}
 
 
 def end_to_end_ratios(records: pd.DataFrame, quantity: str, rival: str) -> dict[tuple[str, int], float]:
     """The rival's latency or peak memory over FlexQ's on a GPU, one sequence at a time: (model, output tokens) → ratio.
 
-    Latency is the metric `total_s/<output tokens>`; memory is `peak…/<output tokens>`.
+    Latency is the time of the whole output. Memory is the weights and the KV cache after it, which is what the paper's bars
+    grow by; both are counted from tensors.
     """
+    if quantity == "memory":
+        records = _memory(records)
     table = ratios(records, "04_e2e", _QUANTITIES[quantity][0], rival)
     lengths = table["metric"].str.extract(r"/(\d+)$")[0] if len(table) else []
     return {
@@ -419,9 +427,20 @@ def end_to_end_ratios(records: pd.DataFrame, quantity: str, rival: str) -> dict[
     }
 
 
+def _memory(records: pd.DataFrame) -> pd.DataFrame:
+    """Records of weights and KV cache together, from those of each: metric `memory_mib/<output tokens>`."""
+    weights = records[records["metric"] == "weights_mib"].drop_duplicates("key", keep="last").set_index("key")["value"]
+    caches = records[records["metric"].str.startswith("kv_cache_mib/")]
+    both = caches.assign(
+        metric=caches["metric"].str.replace("kv_cache_mib/", "memory_mib/"),
+        value=caches["value"].astype(float) + caches["key"].map(weights).astype(float),
+    )
+    return both.dropna(subset=["value"])
+
+
 def _not_timed(model: str) -> str:
-    command = _RUN.format(notebook="04_e2e", more=f" -p model {model}")
-    return f"needs an NVIDIA GPU that holds {model}, at the paper's output lengths: {command}"
+    more = f" -p model {model} -p weights random -p output_tokens 128,256,512,1024"
+    return f"needs {_GPU} that holds {model}: {_RUN.format(notebook='04_e2e', more=more)}"
 
 
 def _end_to_end_mean_claim(text: str, quantity: str) -> Claim:

@@ -142,7 +142,7 @@ class TestVerdicts:
     def test_a_processor_bears_out_no_claim_about_a_gpu(self, time_kernels):
         time_kernels(speedup=9.0, machine=CPU)
         found = verdict("4096 × 4096 (llama-7b")
-        assert found.verdict == NOT_MEASURED and "needs an NVIDIA GPU; a processor was timed here" in found.detail
+        assert found.verdict == NOT_MEASURED and "an NVIDIA GPU; a processor was timed here: papermill" in found.detail
 
     def test_end_to_end_needs_every_length_and_the_whole_model(self, record):
         def generate(faster, *lengths, **parameters):
@@ -162,10 +162,18 @@ class TestVerdicts:
         assert verdict(text).verdict == NOT_REPRODUCED
         assert verdict("1.33× as fast as SmoothQuant").evidence == 4
 
-    def test_weights_are_not_the_papers_memory(self, record):
-        for method, mib in (("flexq", 1.0), ("w8a8", 2.0)):
+    @pytest.mark.parametrize(("weights_mib", "status"), [(150.0, REPRODUCED), (110.0, NOT_REPRODUCED)])
+    def test_memory_is_weights_and_cache(self, record, weights_mib, status):
+        text = "llama-7b: FlexQ is 1.20× smaller in memory than W8A8"
+        for method, mib in (("flexq", 100.0), ("w8a8", weights_mib)):
             record("04_e2e", "llama-7b", method, {"weights_mib": mib}, GPU)
-        assert verdict("llama-7b: FlexQ is 1.20× smaller in memory than W8A8").verdict == NOT_MEASURED
+        assert verdict(text).verdict == NOT_MEASURED  # without the cache
+        for method, mib in (("flexq", 100.0), ("w8a8", weights_mib)):
+            caches = {f"kv_cache_mib/{length}": length / 64 for length in (128, 256, 512, 1024)}
+            record("04_e2e", "llama-7b", method, {"weights_mib": mib} | caches, GPU)
+        found = verdict(text)
+        assert (found.verdict, found.evidence) == (status, 4)
+        assert f"128 tokens: {(weights_mib + 2) / 102:.2f}×" in found.detail
 
     def test_only_what_was_run_alike_is_compared(self, record):
         record("04_e2e", "llama-7b", "flexq", {"total_s/128": 1.0}, GPU, prompt_tokens=15)
