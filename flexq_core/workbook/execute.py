@@ -17,13 +17,14 @@ from flexq_core.workbook.run import check_parameters
 
 KERNEL = "flexq"
 _DEMO_MODELS = ("demo-llama", "demo-opt")
-OUTLIERS = {"outliers": 32.0}
-"""What the demo runs again: its models have no outliers of their own, large models do."""
+_PLAIN = {"windows": 64}
+_OUTLIERS = {"outliers": 32.0, "windows": 32, "calibration_windows": 4}
+"""The demo models have no outliers of their own, large models do; what they do to plans shows on less text."""
 DEMO: tuple[tuple[str, dict[str, Any]], ...] = (
     ("00_quickstart", {"model": "demo-llama"}),
-    *(("01_sensitivity", {"model": model, **more}) for model in _DEMO_MODELS for more in ({}, OUTLIERS)),
+    *(("01_sensitivity", {"model": model, **more}) for more in (_PLAIN, _OUTLIERS) for model in _DEMO_MODELS),
     *(("02_accuracy", {"model": model}) for model in _DEMO_MODELS),
-    ("03_kernels", {}),
+    ("03_kernels", {"shapes": "4096x4096", "tokens": "1,8"}),
     ("04_e2e", {"model": "demo-llama"}),
     ("05_report", {}),
 )
@@ -41,8 +42,9 @@ def reproduction(model: str, data_dir: str = "") -> list[tuple[str, dict[str, An
         ("01_sensitivity", here),
         ("02_accuracy", {**here, "tasks": PAPER_TASKS, "plan": str(plan)}),
         ("02_accuracy", {**here, "tasks": "", "dataset": "c4"}),
-        ("03_kernels", {"shapes": "paper"}),
-        ("04_e2e", {"model": model}),
+        ("03_kernels", {"shapes": "paper", "tokens": "1,4,8"}),
+        ("03_kernels", {"shapes": "paper", "tokens": "1,4,8", "activation_bits": 8}),
+        ("04_e2e", {"model": model, "output_tokens": "128,256,512,1024"}),
         ("05_report", {}),
     ]
 
@@ -62,8 +64,7 @@ def execute(study: str, parameters: Mapping[str, Any]) -> Path:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    name = f"{study}-{paths.run_label(parameters)}" if "model" in parameters else study
-    copy = paths.outputs() / "notebooks" / f"{name}.ipynb"
+    copy = paths.outputs() / "notebooks" / f"{study}-{paths.run_label(parameters)}.ipynb"
     copy.parent.mkdir(parents=True, exist_ok=True)
     with _this_python_as_kernel():
         try:
@@ -88,7 +89,7 @@ def execute_all(plan: Iterable[tuple[str, Mapping[str, Any]]], *, stop_at_failur
     well = True
     for study, parameters in plan:
         title = " ".join([study, *(f"{name}={value}" for name, value in parameters.items() if value != "")])
-        print(f"  {title:<48} ", end="", flush=True)
+        print(f"  {title:<84} ", end="", flush=True)
         start = time.perf_counter()
         try:
             execute(study, parameters)
