@@ -116,7 +116,7 @@ def test_a_reproduction_scores_the_plan_that_it_made(monkeypatch, folder):
         check_parameters(study, parameters)
 
 
-def test_no_two_steps_write_over_each_others_files():
-    steps = [*DEMO, *reproduction("org/name")]
-    files = [(study, paths.run_label(parameters)) for study, parameters in steps if parameters]
+@pytest.mark.parametrize("steps", [DEMO, reproduction("org/name")], ids=["demo", "reproduction"])
+def test_no_two_steps_write_over_each_others_files(steps):
+    files = [(study, paths.run_label(parameters)) for study, parameters in steps]
     assert len(files) == len(set(files))
