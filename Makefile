@@ -1,6 +1,6 @@
 # `make help` lists what there is. Every target makes .venv first where there is none; PYTHON=... chooses with which.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab lint format lock reference readme clean env
+.PHONY: help demo reproduce test lab lint format lock reference readme clean env
 SHELL := /bin/sh
 BIN := .venv/bin
 
@@ -9,6 +9,9 @@ help:  ## list the targets
 
 demo: env  ## run the notebooks on the demo models and build outputs/report.html
 	@$(BIN)/python -m flexq_core.workbook demo </dev/null
+
+reproduce: env  ## run every notebook on any model: make reproduce MODEL=llama-2-7b [DATA_DIR=folder]
+	@$(BIN)/python -m flexq_core.workbook reproduce "$(or $(MODEL),$(error MODEL is not set: make reproduce MODEL=llama-2-7b))" --data-dir "$(DATA_DIR)" </dev/null
 
 test: env  ## run the tests
 	@$(BIN)/python -m pytest -q

@@ -16,8 +16,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import flexq_core
-from flexq_core.workbook import load_records, paths
+from flexq_core.workbook import paths
 from flexq_core.workbook.execute import DEMO
+from flexq_core.workbook.records import load_reference
 from flexq_core.workbook.report import README_MARKS, readme_with_results
 from flexq_core.workbook.run import check_parameters, declared_parameters
 
@@ -259,7 +260,7 @@ def test_no_tracked_text_names_a_folder_of_one_machine():
 
 def test_the_readmes_results_are_those_of_the_reference_records():
     between = README.split(README_MARKS[0])[1].split(README_MARKS[1])[0]
-    records = load_records(paths.REFERENCE)
+    records = load_reference()
     if records.empty:
         assert not between.strip(), "results without records"
     else:

@@ -17,6 +17,7 @@ from flexq_core.quant.layers import linear_layers
 from flexq_core.runtime import ops
 from flexq_core.runtime.convert import linear_weight_bytes, quantize_model
 from flexq_core.sources.models import LoadedModel
+from flexq_core.studies.parameters import require_at_least
 from flexq_core.workbook import figures
 from flexq_core.workbook.records import Measurement
 from flexq_core.workbook.run import Run
@@ -39,10 +40,21 @@ def sizes(model: nn.Module, quantised: nn.Module) -> pd.DataFrame:
 
 @torch.no_grad()
 def continue_text(model: Any, tokenizer: Any, prompt: str, *, new_tokens: int, seed: int = 0) -> str:
-    """What the model writes after `prompt`, sampled with the same seed for every model that is compared."""
+    """What the model writes after `prompt`, sampled with the same seed for every model that is compared.
+
+    Raises ValueError for an empty prompt, no new tokens, more than fit the model, or a seed below 0.
+    """
+    require_at_least(1, new_tokens=new_tokens)
+    require_at_least(0, seed=seed)
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)
+    room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
+    if not inputs["input_ids"].numel() or new_tokens > room:
+        raise ValueError(
+            f"new_tokens is {new_tokens} after a prompt of {inputs['input_ids'].numel()} tokens; accepted: a prompt that is not "
+            f"empty, and 1 to {room} new tokens"
+        )
     output = model.generate(
         **inputs,
         max_new_tokens=new_tokens,

@@ -37,7 +37,7 @@ from flexq_core.runtime.convert import quantize_model, replace_linear_layers
 from flexq_core.sources import data
 from flexq_core.sources.models import load_model, locate_model
 from flexq_core.sources.outliers import inject_outliers, require_strength
-from flexq_core.studies.accuracy import perplexity
+from flexq_core.studies.accuracy import order_of, perplexity
 from flexq_core.studies.parameters import one_of, require_at_least
 from flexq_core.workbook import figures, paths
 from flexq_core.workbook.records import Measurement, write_atomically
@@ -319,15 +319,15 @@ class SensitivityStudy:
 
     def save(self, plan: PrecisionPlan) -> Path:
         """Write the plan to outputs/plans/, where `-p plan <file>` of 02_accuracy finds it; returns its path."""
-        path = self.run.outputs / "plans" / f"{paths.run_label(self.run.parameters)}.json"
+        path = paths.plan_file(self.run.parameters)
         write_atomically(path, plan.to_json())
         return path
 
     def curve(self, layers: pd.DataFrame, plan: PrecisionPlan) -> pd.DataFrame:
         """Perplexity of the scored text against the share of multiply-accumulates at 8 bits.
 
-        Returns rows of {name, share, perplexity}: `greedy` from none at 8 bits to all, each point adding layers to the one
-        before; the paper's rule; and the plan.
+        Returns rows of {name, share, perplexity, loss_nats/<block>}: `greedy` from none at 8 bits to all, each point adding
+        layers to the one before; the paper's rule; and the plan.
         """
         order = greedy_order(self.gain(layers), self.macs)
         reached = self.macs[order].cumsum() / self.macs.sum()
@@ -339,7 +339,7 @@ class SensitivityStudy:
         rows = []
         for name, each in self.run.progress(cases, desc="plans", total=len(cases)):
             share = share_at_eight_bits(each, self.macs)
-            rows.append({"name": name, "share": share, "perplexity": self._perplexity(name, each)})
+            rows.append({"name": name, "share": share, **self._perplexity(name, each)})
         return pd.DataFrame(rows).drop_duplicates(["name", "share"])
 
     def correlations(self, layers: pd.DataFrame) -> dict[str, float]:
@@ -379,10 +379,10 @@ class SensitivityStudy:
         inputs = self._inputs() | self._calibration_inputs() | {"activation_bits": _digest(sorted(bits.items()))}
         return self._once(f"rounded: {name}", inputs, measured)
 
-    def _perplexity(self, name: str, plan: PrecisionPlan) -> float:
+    def _perplexity(self, name: str, plan: PrecisionPlan) -> dict[str, float]:
         def measured() -> dict[str, Measurement]:
             model = quantize_model(self.model, plan, backend=self.backend)
-            return {"perplexity": Measurement(perplexity(model, self.rows, batch_size=self.batch_size).value, "1")}
+            return perplexity(model, self.rows, batch_size=self.batch_size).measurements()
 
         eight = [layer for layer, bits in plan.layers.items() if bits.activation_bits == 8]
         inputs = self._inputs() | {
@@ -393,7 +393,7 @@ class SensitivityStudy:
             "text_sha256": self.text.sha256,
             "windows": len(self.rows),
         }
-        return self._once(f"curve: {name}", inputs, measured)["perplexity"]
+        return self._once(f"curve: {name}", inputs, measured)
 
     def _once(self, method: str, parameters: Mapping[str, Any], compute) -> dict[str, float]:
         records = self.run.records.once(
@@ -512,8 +512,11 @@ STRONG_CORRELATION = 0.9
 
 def claims(curve: pd.DataFrame, correlations: Mapping[str, float], *, outliers: float) -> list[tuple[str, bool, str]]:
     """What this study claims, as (claim, whether it holds, the numbers)."""
-    greedy = curve[curve["name"] == "greedy"]["perplexity"].tolist()
-    at = curve[curve["name"] != "greedy"].set_index("name")["perplexity"]
+    steps = curve[curve["name"] == "greedy"].drop(columns=["name", "share"]).to_dict("records")
+    falls, steps_text = order_of(steps)
+    at = curve[curve["name"] != "greedy"].set_index("name")
+    no_worse = order_of([at.loc["rule"].drop("share").to_dict(), at.loc["plan"].drop("share").to_dict()])[0]
+    at = at["perplexity"]
     better = 100 * (1 - at["plan"] / at["rule"])
     correlation = correlations["predicted_kl_a6_nats"]
     found = [
@@ -524,12 +527,12 @@ def claims(curve: pd.DataFrame, correlations: Mapping[str, float], *, outliers: 
         ),
         (
             "perplexity falls with every layer group kept at 8 bits, down to W6A8's",
-            all(before >= after for before, after in itertools.pairwise(greedy)),
-            " > ".join(f"{value:.3f}" for value in greedy),
+            falls,
+            steps_text,
         ),
         (
             "the plan costs no more than the paper's rule at the same budget",
-            bool(at["plan"] <= at["rule"]),
+            no_worse,
             f"{at['plan']:.3f} against {at['rule']:.3f}, {better:+.2f}% lower",
         ),
     ]

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from flexq_core.workbook import paths
-from flexq_core.workbook.execute import DEMO, NotebookError, execute, execute_all
-from flexq_core.workbook.records import RecordError, is_current, load_records, read_jsonl, write_atomically, write_jsonl
+from flexq_core.workbook.execute import DEMO, NotebookError, execute, execute_all, reproduction
+from flexq_core.workbook.records import (
+    RecordError,
+    is_current,
+    load_records,
+    load_reference,
+    read_jsonl,
+    write_atomically,
+    write_jsonl,
+)
 from flexq_core.workbook.report import accuracy_table, build_report, readable, readme_with_results
 from flexq_core.workbook.run import ParameterError
 
@@ -32,6 +39,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     demo = commands.add_parser("demo", help="run the notebooks on the demo models and build the report")
     demo.set_defaults(command=_demo)
+    whole = commands.add_parser(
+        "reproduce", help="run every notebook on one model; what is on record is not computed again"
+    )
+    whole.add_argument("model", help="a demo model, a paper model such as llama-2-7b, a hub id or a local folder")
+    whole.add_argument("--data-dir", default="", help="a folder that holds the texts and tasks (default: the hub)")
+    whole.set_defaults(command=_reproduce)
     run = commands.add_parser("run", help="run one notebook")
     run.add_argument("notebook", choices=sorted(path.stem for path in paths.NOTEBOOKS.glob("*.ipynb")))
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
@@ -49,8 +62,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(_: argparse.Namespace) -> int:
     print("Notebooks on the demo models; what is on record is not computed again.")
-    well = execute_all(list(DEMO))
-    _report(_)
+    return _finish(execute_all(DEMO))
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    print(f"Notebooks on {options.model}; what is on record is not computed again.")
+    return _finish(execute_all(reproduction(options.model, options.data_dir), stop_at_failure=True))
+
+
+def _finish(well: bool) -> int:
+    """Build the report, print the headline table, and return the exit status."""
+    _report(None)
     print("\n" + readable(accuracy_table(load_records())).to_string(index=False))
     return 0 if well else 1
 
@@ -61,15 +83,23 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _report(_: argparse.Namespace) -> int:
+def _report(_: argparse.Namespace | None) -> int:
     page = build_report()
     print(f"\nreport     {page}\nnotebooks  {page.parent / 'notebooks'}\nrecords    {page.parent / 'records'}")
     return 0
 
 
+_DETAIL = re.compile(r"(loss_nats|relative_error_a\d|sqnr_a\d_db|predicted_kl_a\d_nats)/")
+"""Measures of single layers and of parts of a text: thousands of lines from which the others were made."""
+
+
 def _reference(options: argparse.Namespace) -> int:
     for file in sorted((paths.outputs() / "records").glob("*.jsonl")):
-        kept = [record for record in read_jsonl(file) if is_current(record) and not Path(record.model).is_absolute()]
+        kept = [
+            record
+            for record in read_jsonl(file)
+            if is_current(record) and not Path(record.model).is_absolute() and not _DETAIL.match(record.metric)
+        ]
         if kept:
             copy = paths.REFERENCE / paths.model_label(options.machine) / "records" / file.name
             write_jsonl(copy, kept)
@@ -79,10 +109,7 @@ def _reference(options: argparse.Namespace) -> int:
 
 def _readme(_: argparse.Namespace) -> int:
     readme = paths.ROOT / "README.md"
-    records = pd.concat(
-        [load_records(folder) for folder in sorted(paths.REFERENCE.glob("*/"))] or [load_records(paths.REFERENCE)]
-    )
-    write_atomically(readme, readme_with_results(readme.read_text(encoding="utf-8"), records))
+    write_atomically(readme, readme_with_results(readme.read_text(encoding="utf-8"), load_reference()))
     return 0
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,37 @@ from flexq_core.workbook import paths
 from flexq_core.workbook.run import check_parameters
 
 KERNEL = "flexq"
-DEMO = (
+_DEMO_MODELS = ("demo-llama", "demo-opt")
+_PLAIN = {"windows": 64}
+_OUTLIERS = {"outliers": 32.0, "windows": 32, "calibration_windows": 4}
+"""The demo models have no outliers of their own, large models do; what they do to plans shows on less text."""
+DEMO: tuple[tuple[str, dict[str, Any]], ...] = (
     ("00_quickstart", {"model": "demo-llama"}),
-    ("02_accuracy", {"model": "demo-llama"}),
-    ("02_accuracy", {"model": "demo-opt"}),
+    *(("01_sensitivity", {"model": model, **more}) for more in (_PLAIN, _OUTLIERS) for model in _DEMO_MODELS),
+    *(("02_accuracy", {"model": model}) for model in _DEMO_MODELS),
+    ("03_kernels", {"shapes": "4096x4096", "tokens": "1,8"}),
+    ("04_e2e", {"model": "demo-llama"}),
+    ("05_report", {}),
 )
 """What `make demo` runs, in order."""
+
+PAPER_TASKS = "piqa,arc_easy,arc_challenge,boolq,hellaswag,winogrande"
+
+
+def reproduction(model: str, data_dir: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """What `make reproduce` runs for any model, in order; 02 scores the plan that 01 writes."""
+    here = {"model": model, "data_dir": data_dir}
+    plan = paths.plan_file({"model": model})
+    return [
+        ("00_quickstart", {"model": model}),
+        ("01_sensitivity", here),
+        ("02_accuracy", {**here, "tasks": PAPER_TASKS, "plan": str(plan)}),
+        ("02_accuracy", {**here, "tasks": "", "dataset": "c4"}),
+        ("03_kernels", {"shapes": "paper", "tokens": "1,4,8"}),
+        ("03_kernels", {"shapes": "paper", "tokens": "1,4,8", "activation_bits": 8}),
+        ("04_e2e", {"model": model, "output_tokens": "128,256,512,1024"}),
+        ("05_report", {}),
+    ]
 
 
 class NotebookError(RuntimeError):
@@ -39,8 +64,7 @@ def execute(study: str, parameters: Mapping[str, Any]) -> Path:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    name = f"{study}-{paths.run_label(parameters)}" if "model" in parameters else study
-    copy = paths.outputs() / "notebooks" / f"{name}.ipynb"
+    copy = paths.outputs() / "notebooks" / f"{study}-{paths.run_label(parameters)}.ipynb"
     copy.parent.mkdir(parents=True, exist_ok=True)
     with _this_python_as_kernel():
         try:
@@ -57,12 +81,15 @@ def execute(study: str, parameters: Mapping[str, Any]) -> Path:
     return copy
 
 
-def execute_all(plan: list[tuple[str, Mapping[str, Any]]]) -> bool:
-    """Run notebooks one after another, say how each went, and return whether all of them did well."""
+def execute_all(plan: Iterable[tuple[str, Mapping[str, Any]]], *, stop_at_failure: bool = False) -> bool:
+    """Run notebooks one after another, say how each went, and return whether all of them did well.
+
+    stop_at_failure: leave out what follows the first one that fails.
+    """
     well = True
     for study, parameters in plan:
-        title = " ".join([study, *(f"{name}={value}" for name, value in parameters.items())])
-        print(f"  {title:<40} ", end="", flush=True)
+        title = " ".join([study, *(f"{name}={value}" for name, value in parameters.items() if value != "")])
+        print(f"  {title:<84} ", end="", flush=True)
         start = time.perf_counter()
         try:
             execute(study, parameters)
@@ -70,6 +97,8 @@ def execute_all(plan: list[tuple[str, Mapping[str, Any]]]) -> bool:
         except NotebookError as error:
             well = False
             print(f"FAILED after {time.perf_counter() - start:.0f} s\n{error}", flush=True)
+            if stop_at_failure:
+                break
     return well
 
 

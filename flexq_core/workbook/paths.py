@@ -26,9 +26,18 @@ def model_label(model: str) -> str:
 
 
 def run_label(parameters: Mapping[str, Any]) -> str:
-    """What tells a run's files from those of other runs: its model, and the outliers put into it."""
-    outliers = parameters.get("outliers", 0)
-    return model_label(str(parameters.get("model", "all"))) + (f"-outliers-{outliers:g}" if outliers else "")
+    """What tells a run's files from those of other runs of its study: its model, and what else it is about."""
+    parts = [str(parameters.get("model", "all"))]
+    for name, usual in (("dataset", "auto"), ("activation_bits", 6), ("outliers", 0)):
+        value = parameters.get(name, usual)
+        if value != usual:
+            parts.append(f"{name}-{value:g}" if isinstance(value, float) else f"{name}-{value}")
+    return model_label("-".join(parts))
+
+
+def plan_file(parameters: Mapping[str, Any]) -> Path:
+    """Where 01_sensitivity writes the plan that it makes."""
+    return outputs() / "plans" / f"{run_label(parameters)}.json"
 
 
 def in_log() -> bool:

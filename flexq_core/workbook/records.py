@@ -204,6 +204,12 @@ def load_records(folder: Path | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(Record.__dataclass_fields__))
 
 
+def load_reference() -> pd.DataFrame:
+    """The records that the repository keeps of named machines; empty where it keeps none."""
+    tables = [table for folder in sorted(paths.REFERENCE.glob("*/")) if len(table := load_records(folder))]
+    return pd.concat(tables, ignore_index=True) if tables else load_records(paths.REFERENCE)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,7 @@ def accuracy_table(records: pd.DataFrame) -> pd.DataFrame:
         **{name: [p.get(name, absent) for p in mine["parameters"]] for name, absent in _CASE.items()},
         setting=[_setting(p, seed) for p, seed in zip(mine["parameters"], mine["seed"], strict=True)],
     ).sort_values("time", kind="stable")
+    mine = mine[~mine["metric"].str.startswith("loss_nats/")]  # parts of the text, for comparing methods
     of_task = mine["metric"].str.contains("/")  # accuracy/<task>, questions/<task>
     texts = _newest_setting(mine[~of_task], ["model", "outliers", "dataset"])
     tasks = _newest_setting(mine[of_task], ["model", "outliers", "metric"])
@@ -123,7 +124,8 @@ def build_report(folder: Path | None = None) -> Path:
     headline = readable(accuracy_table(records))
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
     last = records.sort_values("time").iloc[-1] if len(records) else None
-    page = template.render(headline=headline, studies=studies, last=last, count=len(records))
+    paper = {kind: _paper_rows(records, kind) for kind in ("verdict", "finding", "reading")}
+    page = template.render(headline=headline, paper=paper, studies=studies, last=last, count=len(records))
     path = folder / "report.html"
     write_atomically(path, page)
     return path
@@ -146,6 +148,18 @@ def readme_with_results(readme: str, records: pd.DataFrame) -> str:
     return f"{before}{README_MARKS[0]}\n{table}\n\nMeasured on: {machine}.\n{README_MARKS[1]}{after}"
 
 
+def _paper_rows(records: pd.DataFrame, kind: str) -> list[dict[str, str]]:
+    """What the last run of 05_report recorded as `<kind>/<where>/<text>`: {where, text, mark, detail}, in its order."""
+    rows = records[(records["study"] == "05_report") & records["metric"].str.startswith(f"{kind}/")]
+    rows = rows[rows["time"] == rows["time"].max()]
+    found = []
+    for row in rows.itertuples():
+        _, where, text = row.metric.split("/", 2)
+        status, _, detail = row.reason.partition(": ") if kind == "verdict" else ("", "", row.reason)
+        found.append({"where": where, "text": text, "status": status, "mark": _verdict(row), "detail": detail})
+    return found
+
+
 def _last_runs(rows: pd.DataFrame) -> pd.DataFrame:
     """Of the same model, method and parameters, what was recorded last; what an older source claimed is history."""
     case = rows["model"] + rows["method"] + rows["parameters"].map(lambda p: json.dumps(p, sort_keys=True))
@@ -159,7 +173,7 @@ def _runs(claims: pd.DataFrame) -> list[str]:
     for model, mine in zip(claims["model"], parameters, strict=True):
         others = [p for m, p in zip(claims["model"], parameters, strict=True) if m == model]
         differing = [name for name in mine if any(other.get(name) != mine[name] for other in others)]
-        labels.append(", ".join([model, *(f"{name}={mine[name]}" for name in differing)]))
+        labels.append(", ".join(filter(None, [model, *(f"{name}={mine[name]}" for name in differing)])))
     return labels
 
 
@@ -190,7 +204,8 @@ h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.25rem; margin-t
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
 td, th { padding: .25rem .8rem; border-bottom: 1px solid #e6e9ed; text-align: left } th { border-bottom: 2px solid #9aa3ad }
 td:nth-last-child(-n+4), th:nth-last-child(-n+4) { text-align: right }
-.claims td, .claims th { text-align: left !important }
+.claims td, .claims th { text-align: left !important; vertical-align: top; overflow-wrap: anywhere }
+.claims td:first-child { white-space: nowrap }
 .holds { color: #00704f; font-weight: 600 } .fails { color: #b30000; font-weight: 600 } .skipped { color: #8a6100 }
 figure { display: inline-block; width: 30rem; max-width: 100%; margin: 1rem .5rem 1rem 0; vertical-align: top }
 figure img { width: 100% } figcaption { font-size: .88rem; color: #555 } .small { color: #555; font-size: .88rem }
@@ -210,6 +225,24 @@ figure img { width: 100% } figcaption { font-size: .88rem; color: #555 } .small 
 accuracy; <i>cpu</i>, <i>reference</i>: the packed weights that are saved, on the kernel and in plain torch;
 <i>torch</i>: unquantised.
 The demo models' text is the Python documentation, not WikiText-2: these numbers are never set beside the paper's.</p>
+{% endif %}
+{% if paper.verdict %}
+<h2>The paper, claim by claim</h2>
+<p>{% for status, group in paper.verdict | groupby("status") %}
+{{ group | length }} {{ status }}{{ ", " if not loop.last }}{% endfor %}.
+<span class="small">Demo models bear out no claim of the paper.</span></p>
+<table class="claims"><tr><th></th><th>where</th><th>claim</th><th>measured, or what it needs</th></tr>
+{% for row in paper.verdict %}<tr><td class="{{ row.mark }}">{{ row.status }}</td><td>{{ row.where }}</td><td>{{ row.text }}</td>
+<td>{{ row.detail }}</td></tr>
+{% endfor %}</table>
+<h2>The paper's claims against its own numbers</h2>
+<table class="claims"><tr><th></th><th>where</th><th>claim</th><th>what its numbers say</th></tr>
+{% for row in paper.finding %}<tr><td class="{{ row.mark }}">{{ "agree" if row.mark == "holds" else "differ" }}</td>
+<td>{{ row.where }}</td><td>{{ row.text }}</td><td>{{ row.detail }}</td></tr>
+{% endfor %}</table>
+<table class="claims"><tr><th>where</th><th>read in the public release, not measured here</th></tr>
+{% for row in paper.reading %}<tr><td>{{ row.where }}</td><td>{{ row.text }}</td></tr>
+{% endfor %}</table>
 {% endif %}
 {% for study in studies %}
 <h2>{{ study.name }}</h2>

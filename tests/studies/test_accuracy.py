@@ -1,13 +1,19 @@
 """Accuracy: the perplexity protocol equals a plain computation, and parameters are refused before anything runs."""
 
 import math
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
+from flexq_core.quant import PlanError, PrecisionPlan
+from flexq_core.quant.layers import linear_layers
 from flexq_core.sources import data
+from flexq_core.sources.models import ModelError, load_model
 from flexq_core.sources.text import Text
-from flexq_core.studies.accuracy import perplexity
+from flexq_core.studies.accuracy import AccuracyStudy, Perplexity, claims, order_of, perplexity, plot_change, plot_size
+from flexq_core.workbook.records import Records
 from tests.models import tiny_model
 
 
@@ -23,6 +29,7 @@ def test_perplexity_is_the_exponential_of_the_mean_over_scored_tokens():
     assert score.tokens == 5 * 19
     assert math.isclose(score.nll_nats, total, rel_tol=1e-5)
     assert math.isclose(score.value, math.exp(total / 95), rel_tol=1e-5)
+    assert math.isclose(sum(score.block_nats) / 5, total / 95, rel_tol=1e-5)
 
 
 def test_windows_do_not_overlap_and_drop_the_rest():
@@ -49,3 +56,96 @@ def test_an_unknown_dataset_names_the_nearest():
 def test_a_text_knows_its_digest():
     text = Text.of("name", "abc", origin="here")
     assert text.sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+SMALL = {"windows": 2, "window_length": 64, "tasks": "", "backends": "reference"}
+
+
+def a_study(folder, **parameters):
+    run = SimpleNamespace(
+        device="cpu",
+        outputs=folder,
+        parameters=parameters,
+        records=Records("02_accuracy", folder),
+        progress=lambda iterable, desc, total=None: iter(iterable),
+    )
+    return AccuracyStudy(run, **{"model": "demo-opt", **SMALL, **parameters})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "kind", "text"),
+    [
+        ({"model": "demo-opy"}, ModelError, "Did you mean 'demo-opt'"),
+        ({"model": "tests"}, ModelError, "holds no config.json"),
+        ({"methods": "w6a6,flex"}, ValueError, "did you mean 'flexq'"),
+        ({"methods": ""}, ValueError, "no method is given; accepted: fp16"),
+        ({"backends": "simulat"}, ValueError, "did you mean 'simulate'"),
+        ({"plan": "nowhere.json"}, ValueError, "cannot read the plan 'nowhere.json'"),
+        ({"dataset": "wikitxt2"}, data.DataError, "Did you mean 'wikitext2'"),
+        ({"dataset": "c4", "data_dir": "nowhere"}, data.DataError, "accepted: a folder that exists"),
+        ({"windows": -1}, ValueError, "windows is -1; accepted: 0 or more"),
+        ({"window_length": -5}, ValueError, "window_length is -5; accepted: 0 or more"),
+        ({"tasks": "piqua"}, ValueError, "Did you mean 'piqa'"),
+        ({"tasks": "piqa", "data_dir": "tests"}, ValueError, "no data of 'piqa'"),
+        ({"task_limit": -1}, ValueError, "task_limit is -1; accepted: 0 or more"),
+        ({"outliers": -2.0}, ValueError, "outliers is -2.0; accepted: 0 for none"),
+        ({"batch_size": 0}, ValueError, "batch_size is 0; accepted: 1 or more"),
+        ({"seed": -1}, ValueError, "seed is -1; accepted: 0 or more"),
+    ],
+    ids=str,
+)
+def test_a_wrong_parameter_is_refused_before_anything_is_measured(tmp_path, parameters, kind, text):
+    with pytest.raises(kind, match=text):
+        a_study(tmp_path, **parameters)
+    assert not (tmp_path / "records").exists()
+
+
+def test_a_plan_for_another_model_is_refused(tmp_path):
+    file = tmp_path / "plan.json"
+    file.write_text(PrecisionPlan.from_rule("flexq", linear_layers(load_model("demo-llama").model)).to_json())
+    with pytest.raises(PlanError, match="does not fit the model: it names 42 layers that the model lacks"):
+        a_study(tmp_path, plan=str(file))
+
+
+def test_a_plan_file_is_scored_under_its_name_with_outliers_and_found_again(tmp_path):
+    file = tmp_path / "plan.json"
+    layers = linear_layers(load_model("demo-opt").model)
+    file.write_text(PrecisionPlan("mine", PrecisionPlan.from_rule("w6a8", layers).layers).to_json())
+    parameters = {"methods": "fp16,w6a8", "plan": str(file), "outliers": 32.0, "batch_size": 2, "seed": 1}
+    table = a_study(tmp_path, **parameters).table()
+    assert list(table["method"]) == ["fp32", "w6a8", "plan:mine"]
+    scores = table.set_index("method")["perplexity"]
+    assert scores["w6a8"] == scores["plan:mine"] > scores["fp32"]
+    before = (tmp_path / "records" / "02_accuracy.jsonl").read_bytes()
+    pd.testing.assert_frame_equal(a_study(tmp_path, **parameters).table(), table)
+    assert (tmp_path / "records" / "02_accuracy.jsonl").read_bytes() == before
+
+
+def test_both_figures_are_drawn(tmp_path):
+    table = a_study(tmp_path, methods="fp16,flexq", task_limit=1).table()
+    assert plot_change(table, "demo-opt").axes and plot_size(table, "demo-opt").axes
+    assert all(holds for _, holds, _ in claims(table[table["backend"] == "torch"], outliers=0.0))
+
+
+def scored(*block_nats):
+    return Perplexity(sum(block_nats), len(block_nats), block_nats).measurements()
+
+
+def values(measurements):
+    return {metric: measurement.value for metric, measurement in measurements.items()}
+
+
+@pytest.mark.parametrize(
+    ("after", "holds", "sign"),
+    [
+        ((1.9, 2.9, 3.9, 4.91), True, ">"),  # falls everywhere
+        ((2.1, 3.1, 4.1, 5.09), False, "<"),  # rises everywhere
+        ((2.3, 2.8, 4.1, 4.9), True, "≈"),  # rises by chance: the blocks do not agree
+        ((1.8, 3.1, 3.9, 5.1), True, "≈"),
+    ],
+)
+def test_an_order_is_false_only_where_the_text_can_tell(after, holds, sign):
+    before = values(scored(2.0, 3.0, 4.0, 5.0))
+    found, text = order_of([before, values(scored(*after))])
+    assert found is holds
+    assert text.split()[1] == sign

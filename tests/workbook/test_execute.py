@@ -9,7 +9,8 @@ from nbformat import v4
 
 from flexq_core.workbook import ParameterError, paths
 from flexq_core.workbook.__main__ import main
-from flexq_core.workbook.execute import execute, execute_all
+from flexq_core.workbook.execute import DEMO, execute, execute_all, reproduction
+from flexq_core.workbook.run import check_parameters
 
 PARAMETERS = """model: str = "demo"  # which model
 count: int = 1  # how many"""
@@ -54,7 +55,7 @@ def test_a_notebook_runs_with_this_python_and_what_was_passed(folder, capsys):
 
 def test_a_failure_keeps_the_partial_copy_and_the_status_says_so(folder, capsys):
     assert main(["run", "bad"]) == 1
-    copy = folder / "bad.ipynb"
+    copy = folder / "bad-all.ipynb"
     said = capsys.readouterr().err
     assert "bad failed: ZeroDivisionError: division by zero" in said and f"partial copy: {copy}" in said
     assert printed(copy) == "before\n"
@@ -64,7 +65,7 @@ def test_a_kernel_that_dies_is_a_notebook_that_failed(folder, capsys):
     notebook("dies", "print('before')", "import os\nos.kill(os.getpid(), 9)")
     assert execute_all([("dies", {}), ("good", {})]) is False
     assert "dies failed: its Python process died" in capsys.readouterr().out
-    assert printed(folder / "good.ipynb")
+    assert printed(folder / "good-all.ipynb")
 
 
 def test_the_others_still_run_after_one_failed(folder, capsys):
@@ -72,7 +73,7 @@ def test_the_others_still_run_after_one_failed(folder, capsys):
     first, *rest = capsys.readouterr().out.splitlines()
     assert first.split()[:4] == ["bad", "count=2", "FAILED", "after"]
     assert rest[-1].split()[:3] == ["good", "done", "in"]
-    assert printed(folder / "good.ipynb").startswith("demo 1 ")
+    assert printed(folder / "good-all.ipynb").startswith("demo 1 ")
 
 
 @pytest.mark.parametrize(
@@ -98,3 +99,24 @@ def test_a_notebook_that_is_not_there_is_refused(capsys):
     assert caught.value.code == 2
     said = capsys.readouterr().err
     assert "goood" in said and "bad" in said and "good" in said.replace("goood", "")
+
+
+def test_a_reproduction_stops_at_the_first_failure(folder):
+    assert execute_all([("bad", {}), ("good", {})], stop_at_failure=True) is False
+    assert not (folder / "good-all.ipynb").exists()
+
+
+def test_a_reproduction_scores_the_plan_that_it_made(monkeypatch, folder):
+    steps = reproduction("org/name", "texts")
+    assert [study for study, _ in steps] == sorted(study for study, _ in steps)
+    (plan,) = {parameters["plan"] for _, parameters in steps if "plan" in parameters}
+    assert plan == str(folder.parent / "plans" / "org--name.json")
+    monkeypatch.undo()
+    for study, parameters in steps:
+        check_parameters(study, parameters)
+
+
+@pytest.mark.parametrize("steps", [DEMO, reproduction("org/name")], ids=["demo", "reproduction"])
+def test_no_two_steps_write_over_each_others_files(steps):
+    files = [(study, paths.run_label(parameters)) for study, parameters in steps]
+    assert len(files) == len(set(files))

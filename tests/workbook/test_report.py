@@ -148,6 +148,32 @@ def test_what_was_skipped_says_why(tmp_path):
     assert "no GPU <here>" in page.text and "03_kernels" in page.text
 
 
+def test_the_paper_is_shown_claim_by_claim_as_its_last_run_judged_it(tmp_path, monkeypatch):
+    for hour, tolerance in enumerate((0.5, 0.05)):
+        time = {**PROVENANCE, "time": f"2026-01-01T0{hour}:00:00+00:00"}
+        monkeypatch.setattr("flexq_core.workbook.records.provenance", lambda _, time=time: time)
+        Records("05_report", tmp_path).replace(
+            model="",
+            method="paper",
+            parameters={"tolerance": tolerance},
+            seed=0,
+            measured={
+                "verdict/abstract/fast": Measurement(float(hour == 0), "1", "not reproduced: 1.2×: too slow"),
+                "verdict/§4.2/exact": Measurement(None, "1", "not measured here: no GPU"),
+                "finding/figure/equal": Measurement(0.0, "1", "a/b differ"),
+                "reading/engine/no warm-up": Measurement(None, ""),
+            },
+        )
+    page = page_of(tmp_path)
+    assert [row for row in page.rows if "where" not in row] == [
+        ["not reproduced", "abstract", "fast", "1.2×: too slow"],
+        ["not measured here", "§4.2", "exact", "no GPU"],
+        ["differ", "figure", "equal", "a/b differ"],
+        ["engine", "no warm-up"],
+    ]
+    assert "1 not measured here, 1 not reproduced ." in page.text.replace("reproduced.", "reproduced .")
+
+
 def test_no_records_make_a_page_without_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLEXQ_OUTPUTS", str(tmp_path / "out"))
     assert main(["report"]) == 0
