@@ -102,6 +102,11 @@ def execute_all(plan: Iterable[tuple[str, Mapping[str, Any]]], *, stop_at_failur
     return well
 
 
+_THREADS = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+"""A core for each of torch's threads. Left to itself, a small virtual machine may keep two that spin at each other's barriers
+on one core, where every parallel step waits for a time slice: several times slower, for minutes."""
+
+
 @contextmanager
 def _this_python_as_kernel():
     """A kernel specification for the running interpreter, for this process only: the user's own are left alone."""
@@ -111,10 +116,12 @@ def _this_python_as_kernel():
         # Errors only: it warns that its local socket is not encrypted, and means nothing to a reader.
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
         (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "FlexQ", "language": "python"}))
-        before = {name: os.environ.get(name) for name in ("JUPYTER_PATH", "PYTHONPATH", "FLEXQ_HEADLESS")}
+        before = {name: os.environ.get(name) for name in ("JUPYTER_PATH", "PYTHONPATH", "FLEXQ_HEADLESS", *_THREADS)}
         for name, entry in (("JUPYTER_PATH", folder), ("PYTHONPATH", str(paths.ROOT))):
             os.environ[name] = os.pathsep.join(filter(None, (entry, before[name])))
         os.environ["FLEXQ_HEADLESS"] = "1"
+        for name, value in _THREADS.items():
+            os.environ.setdefault(name, value)
         try:
             yield
         finally:
