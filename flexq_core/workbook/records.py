@@ -175,9 +175,21 @@ def _key(inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+_parsed: dict[Path, tuple[tuple[int, ...], list[Record]]] = {}
+"""File → what tells its state, and its records: a study asks after every computation, and parsing thousands takes as long."""
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    facts = path.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
 def read_jsonl(path: Path) -> list[Record]:
     """Records of one file, none if it is absent; RecordError names the first line that is not a record."""
     try:
+        state = _state(path)
+        if _parsed.get(path, ((),))[0] == state:
+            return list(_parsed[path][1])
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return []
@@ -189,12 +201,15 @@ def read_jsonl(path: Path) -> list[Record]:
             raise RecordError(
                 f"{path}, line {number} is not a record ({error}); move the file away to start anew"
             ) from None
+    _parsed[path] = state, list(records)
     return records
 
 
 def write_jsonl(path: Path, records: Iterable[Record]) -> None:
     """Write records in place of a file's, whole or not at all."""
-    write_atomically(path, "".join(json.dumps(asdict(record), sort_keys=True) + "\n" for record in records))
+    records = list(records)
+    write_atomically(path, "".join(json.dumps(vars(record), sort_keys=True) + "\n" for record in records))
+    _parsed[path] = _state(path), records
 
 
 def load_records(folder: Path | None = None) -> pd.DataFrame:
