@@ -578,7 +578,7 @@ def plot_latency(table: pd.DataFrame, model: str, published: pd.DataFrame) -> Fi
         _finish(axis, bars, rows["total_s"], f"{length} output tokens", "time (s)", 1.35)
     for axis, length in zip(axes[-1], theirs, strict=False):
         rows = published[published["output_tokens"] == length].iloc[::-1]
-        titles, colours = _titles_and_colours(rows)
+        titles, colours = _titles_and_colours(rows, paper=True)
         bars = axis.barh(titles, rows["seconds"], color=colours, alpha=0.6)
         _finish(axis, bars, rows["seconds"], f"{length} output tokens", "paper's GPU (s)", 1.35)
     kinds = [Patch(facecolor="white", edgecolor=figures.INK, hatch=_PREFILL, label="prefill and first token")]
@@ -601,7 +601,7 @@ def plot_memory(table: pd.DataFrame, model: str, published: pd.DataFrame) -> Fig
     bars = axis.barh(titles, rows["kv_cache_mib"], left=rows["weights_mib"], **cache)
     _finish(axis, bars, rows["weights_mib"] + rows["kv_cache_mib"], "", f"memory, {model} (MiB)")
     if len(longest):
-        titles, colours = _titles_and_colours(longest)
+        titles, colours = _titles_and_colours(longest, paper=True)
         bars = axes[1, 0].barh(titles, longest["memory_gb"], color=colours, alpha=0.6)
         _finish(axes[1, 0], bars, longest["memory_gb"], "", "paper's GPU (GB)")
     kinds = [
@@ -613,8 +613,11 @@ def plot_memory(table: pd.DataFrame, model: str, published: pd.DataFrame) -> Fig
     return figure
 
 
-def _titles_and_colours(rows: pd.DataFrame) -> tuple[list[str], list[str]]:
-    return [_TITLES.get(m, m) for m in rows["method"]], [_colour(m) for m in rows["method"]]
+def _titles_and_colours(rows: pd.DataFrame, *, paper: bool = False) -> tuple[list[str], list[str]]:
+    titles = [_TITLES.get(method, method) for method in rows["method"]]
+    if paper:  # its INT8 is not torch's
+        titles = [title.removesuffix(", torch") for title in titles]
+    return titles, [_colour(method) for method in rows["method"]]
 
 
 def _finish(axis: Axes, bars: Any, totals: pd.Series, title: str, label: str, margin: float = 1.15) -> None:

@@ -431,6 +431,8 @@ def test_figures_show_every_method_with_units(published, tmp_path):
         *("FlexQ", "W6A6", "W8A8, torch", "W8A16, torch", "FP32")
     ]
     assert {axis.get_xlabel() for axis in panels} == {"time (s)"} | ({"paper's GPU (s)"} if len(published) else set())
+    if len(published):
+        assert [label.get_text() for label in panels[2].get_yticklabels()] == ["FlexQ", "W8A8", "W8A16", "FP16"]
     assert memory.axes[0].get_xlabel() == "memory, name (MiB)"
     assert len(panels) == 2 + published["output_tokens"].nunique()
     for figure in (latency, memory):
