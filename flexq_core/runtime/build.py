@@ -29,6 +29,10 @@ import torch
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 CPU_FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=off")
+CUDA_FLAGS = ("-O3", "-std=c++17")
+CUDA_SOURCES = ("bindings.cpp", "repack.cu", "quantize_activation.cu", "w6ax_imma.cu", "w6ax_bmma.cu")
+LEAST_CAPABILITY = (8, 0)
+"""Of a card: asynchronous copies, and tensor cores for bytes and for bits."""
 WAIT_SECONDS = 600
 
 
@@ -67,16 +71,82 @@ def cpu_kernel() -> ModuleType:
 _failed: list[str] = []
 
 
-def _load(name: str, folder: Path, sources: list[str], flags: tuple[str, ...]) -> ModuleType:
+def cuda_kernels_obstacle(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot be built for this card, or None. Compiles nothing."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA; install one that is (env/README.md)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}; 8.0 is needed"
+    if capability in _cuda_failed:
+        return _cuda_failed[capability]
+    try:
+        _requirements()
+        cuda_home()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def cuda_kernels(device: torch.device) -> ModuleType:
+    """The CUDA kernels' module for this card, compiled if it is not in the cache.
+
+    Raises BuildError, whose message says what is missing and what to do, and remembers it: it is not tried again.
+    """
+    return _cuda_kernels(torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def _cuda_kernels(capability: tuple[int, int]) -> ModuleType:
+    if capability in _cuda_failed:
+        raise BuildError(_cuda_failed[capability])
+    # Hopper's own instructions (bulk copies' relatives, wgmma) want the architecture with an `a`.
+    architecture = f"{capability[0]}.{capability[1]}" + ("a" if capability[0] >= 9 else "")
+    try:
+        return _load("flexq_cuda", KERNELS / "cuda", list(CUDA_SOURCES), CUDA_FLAGS, architecture)
+    except BuildError as error:
+        _cuda_failed[capability] = str(error)
+        raise
+
+
+_cuda_failed: dict[tuple[int, int], str] = {}
+
+
+def cuda_home() -> Path:
+    """The folder whose bin/ holds nvcc: the system's, conda's or PyPI's; BuildError says where was looked."""
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    on_path = shutil.which("nvcc")
+    if on_path:
+        places.append(str(Path(on_path).resolve().parents[1]))
+    places += [os.environ.get("CONDA_PREFIX"), "/usr/local/cuda"]
+    packages = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    places += [str(folder) for folder in (*sorted(packages.glob("cu[0-9]*")), packages / "cuda_nvcc")]
+    for place in places:
+        if place and (Path(place) / "bin" / "nvcc").is_file():
+            return Path(place)
+    raise BuildError(
+        "CUDA's compiler (nvcc) was not found on the PATH, in CUDA_HOME, /usr/local/cuda, the conda environment or "
+        "PyPI's packages; install it with `conda install -c conda-forge cuda-nvcc` or `pip install nvidia-cuda-nvcc`"
+    )
+
+
+def _load(
+    name: str, folder: Path, sources: list[str], flags: tuple[str, ...], architecture: str | None = None
+) -> ModuleType:
+    """Build or find a module. With an architecture (`9.0a`) the sources are CUDA's, and the flags are nvcc's."""
     compiler = _requirements()
-    module = f"{name}_{_digest(folder, flags, compiler)}"
+    facts = flags
+    if architecture is not None:
+        nvcc = subprocess.run([cuda_home() / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+        facts = (*flags, architecture, nvcc)
+    module = f"{name}_{_digest(folder, facts, compiler)}"
     place = _cache() / module
     try:
         if not place.is_dir():
             place.parent.mkdir(parents=True, exist_ok=True)
             with _lock(place.with_suffix(".lock")):
                 if not place.is_dir():  # nobody else built it while this one waited
-                    _compile(module, [str(folder / source) for source in sources], list(flags), place)
+                    _compile(module, [str(folder / source) for source in sources], list(flags), place, architecture)
     except OSError as error:
         raise BuildError(
             f"the kernel's cache {place} cannot be written ({error.strerror or error}); set TORCH_EXTENSIONS_DIR to a "
@@ -85,26 +155,36 @@ def _load(name: str, folder: Path, sources: list[str], flags: tuple[str, ...]) -
     return _import(place)
 
 
-def _compile(module: str, sources: list[str], flags: list[str], place: Path) -> None:
+def _compile(module: str, sources: list[str], flags: list[str], place: Path, architecture: str | None) -> None:
     from torch.utils import cpp_extension
 
     for abandoned in place.parent.glob(f"{module}.building-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     building = Path(tempfile.mkdtemp(prefix=f"{module}.building-", dir=place.parent))
-    print(f"compiling the kernel once (about 15 s), cached in {place}", file=sys.stderr, flush=True)
+    what = "the kernel once (about 15 s)" if architecture is None else "the CUDA kernels once (about 30 s)"
+    print(f"compiling {what}, cached in {place}", file=sys.stderr, flush=True)
     start = time.perf_counter()
-    before = os.environ.get("PATH", "")
     # ninja is installed beside this Python, which need not be on the PATH.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
+    environment = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+    if architecture is None:
+        options = {"extra_cflags": flags, "extra_ldflags": ["-fopenmp"]}
+    else:
+        environment["TORCH_CUDA_ARCH_LIST"] = architecture
+        cpp_extension.CUDA_HOME = str(cuda_home())  # torch looks once, at import, and in fewer places
+        options = {"extra_cflags": ["-O2", "-std=c++17"], "extra_cuda_cflags": flags, "with_cuda": True}
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
     try:
-        cpp_extension.load(
-            name=module, sources=sources, extra_cflags=flags, extra_ldflags=["-fopenmp"], build_directory=str(building)
-        )
+        cpp_extension.load(name=module, sources=sources, build_directory=str(building), **options)
         building.rename(place)
     except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
         raise BuildError(f"compiling the kernel failed: {_gist(error)}; mend that and run again") from error
     finally:
-        os.environ["PATH"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
         shutil.rmtree(building, ignore_errors=True)
     print(f"compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 

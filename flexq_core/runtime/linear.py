@@ -9,7 +9,7 @@ from flexq_core.quant.packing import pack_codes, packed_bytes
 from flexq_core.quant.plan import LayerPrecision
 from flexq_core.quant.quantize import quantize_weight
 from flexq_core.quant.spec import GROUP_SIZE, group_count
-from flexq_core.runtime import ops
+from flexq_core.runtime import cuda, ops
 
 
 class FlexQLinear(nn.Module):
@@ -51,6 +51,7 @@ class FlexQLinear(nn.Module):
         self.weight_scale = parameter(out_features, groups, dtype=torch.float16)
         self.weight_exponent = parameter(out_features, dtype=torch.int8)
         self.bias = parameter(out_features, dtype=dtype) if bias else None
+        self._repacked: tuple[str, str, Tensor | None] | None = None  # see `prepare`
 
     @classmethod
     def from_linear(
@@ -89,6 +90,11 @@ class FlexQLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] float32, float16 or bfloat16 → [..., out_features] in the same dtype."""
+        if x.is_cuda:
+            backend, chunks = self.prepare()
+            if chunks is not None:
+                bits = self.precision.activation_bits
+                return ops.w6ax_linear_repacked(x, chunks, self.weight_exponent, self.bias, bits, backend)
         return ops.w6ax_linear(
             x,
             self.weight,
@@ -100,6 +106,20 @@ class FlexQLinear(nn.Module):
             self.group_size,
             self.backend,
         )
+
+    def prepare(self) -> tuple[str, Tensor | None]:
+        """Repack the weights for the CUDA kernel that this layer runs on, once; what a first call would do.
+
+        Returns the backend that `backend` means here, and the weights in its order, or None where it takes them as they
+        are. Call it before capturing a CUDA graph. Weights that are written to later are repacked only when the layer is
+        moved or loaded.
+        """
+        if self._repacked is None or self._repacked[0] != self.backend:
+            bits, device = self.precision.weight_bits, self.weight.device
+            backend = ops.resolve_backend(self.backend, device, bits, self.group_size)
+            chunks = cuda.repack(self.weight, self.weight_scale, backend) if backend in cuda.ORDERS else None
+            self._repacked = self.backend, backend, chunks
+        return self._repacked[1:]
 
     def weight_bytes(self) -> int:
         """Bytes that the packed weight takes with its scales and exponents."""
@@ -114,7 +134,12 @@ class FlexQLinear(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         # `model.to(bfloat16)` casts every floating parameter, but codes belong to the scale as it was rounded.
         scale = self.weight_scale.data
+        self._repacked = None
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale.data = scale.to(self.weight_scale.device)
         return self
+
+    def _load_from_state_dict(self, *arguments, **options) -> None:
+        self._repacked = None
+        super()._load_from_state_dict(*arguments, **options)

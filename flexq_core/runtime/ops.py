@@ -6,6 +6,8 @@ Every backend computes the same numbers up to the rounding of the outer float32 
 
     reference   torch, any device: the definition, group by group
     cpu         the compiled kernel in kernels/cpu
+    imma        kernels/cuda/w6ax_imma.cu: weights unpacked to bytes in registers, INT8 tensor cores
+    bmma        kernels/cuda/w6ax_bmma.cu: bit planes on binary tensor cores, the paper's method
     simulate    fake quantisation: dequantised operands in a floating-point matrix product, as papers measure accuracy
     auto        the fastest of these that this machine has, never `simulate`
 """
@@ -23,7 +25,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from flexq_core.quant.packing import packed_bytes, unpack_codes
 from flexq_core.quant.quantize import Quantized, dequantize, fake_quantize, quantize_groups
 from flexq_core.quant.spec import ACTIVATION_BITS, GROUP_SIZE, WEIGHT_BITS, group_count, require_bits
-from flexq_core.runtime import build, cpu
+from flexq_core.runtime import build, cpu, cuda
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,21 +46,28 @@ def w6ax_linear(
     x: [..., K] float32, float16 or bfloat16; any leading shape, also empty.
     weight: [N, Kp * weight_bits / 8] uint8, the canonical packing of quant/packing.py, Kp = K rounded up to group_size.
     weight_scale: [N, Kp / group_size] float16.  weight_exponent: [N] int8.  bias: [N] floating point, or None.
-    weight_bits, activation_bits: 6 or 8.  backend: `auto`, `reference`, `cpu` or `simulate`.
+    weight_bits, activation_bits: 6 or 8.  backend: one of BACKENDS.
     Returns [..., N] in x's dtype.
     Raises TypeError or ValueError for what does not fit, before anything is computed, and ValueError for a
-    non-finite x.
+    non-finite x; but `imma` and `bmma`, which wait for nothing, return NaN for each token that is not finite.
+    They also repack the weights in each call: `w6ax_linear_repacked` is for weights that stay.
     """
-    # Going through torch's dispatcher takes a tenth of a millisecond once weights have swept its code from the caches,
-    # as much as a fifth of a small layer; it is needed only where somebody traces or differentiates.
-    direct = (
+    run = _w6ax_linear if _direct(x) else torch.ops.flexq.w6ax_linear
+    return run(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size, backend)
+
+
+def _direct(x: Tensor) -> bool:
+    """Whether nobody traces or differentiates, so that torch's dispatcher can be left out.
+
+    Going through it takes a tenth of a millisecond once weights have swept its code from the caches, as much as a fifth of
+    a small layer.
+    """
+    return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and not (x.requires_grad and torch.is_grad_enabled())
         and _get_current_dispatch_mode() is None
     )
-    run = _w6ax_linear if direct else torch.ops.flexq.w6ax_linear
-    return run(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size, backend)
 
 
 def _w6ax_linear(
@@ -91,6 +100,36 @@ def _(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bi
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+def w6ax_linear_repacked(
+    x: Tensor, chunks: Tensor, weight_exponent: Tensor, bias: Tensor | None, activation_bits: int, backend: str
+) -> Tensor:
+    """`w6ax_linear` on a GPU, on weights that `cuda.repack` has put into the order of the backend's kernel.
+
+    x: [..., K] float32, float16 or bfloat16.  chunks: [ceil(N / 32), ceil(K / 128), 3136] uint8.
+    weight_exponent: [N] int8.  bias: [N] or None.  activation_bits: 6 or 8.  backend: `imma` or `bmma`.
+    Returns [..., N] in x's dtype. Raises TypeError or ValueError for what does not fit.
+    """
+    run = _w6ax_linear_repacked if _direct(x) else torch.ops.flexq.w6ax_linear_repacked
+    return run(x, chunks, weight_exponent, bias, activation_bits, backend)
+
+
+def _w6ax_linear_repacked(
+    x: Tensor, chunks: Tensor, weight_exponent: Tensor, bias: Tensor | None, activation_bits: int, backend: str
+) -> Tensor:
+    _require_repacked(x, chunks, weight_exponent, bias, activation_bits, backend)
+    y = cuda.w6ax_linear(x.reshape(-1, x.shape[-1]), chunks, weight_exponent, bias, activation_bits, backend)
+    return y.view(*x.shape[:-1], weight_exponent.shape[0])
+
+
+_repacked_operator = torch.library.custom_op("flexq::w6ax_linear_repacked", _w6ax_linear_repacked, mutates_args=())
+
+
+@_repacked_operator.register_fake
+def _(x, chunks, weight_exponent, bias, activation_bits, backend):
+    _require_repacked(x, chunks, weight_exponent, bias, activation_bits, backend)
+    return x.new_empty(*x.shape[:-1], weight_exponent.shape[0])
+
+
 def resolve_backend(
     backend: str, device: torch.device | str, weight_bits: int = 6, group_size: int = GROUP_SIZE
 ) -> str:
@@ -103,17 +142,21 @@ def resolve_backend(
         return backend
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; accepted: {', '.join(BACKENDS)}")
-    obstacle = cpu.obstacle(torch.device(device), weight_bits, group_size)
+    device = torch.device(device)
+    compiled = ("imma", "bmma") if device.type == "cuda" else ("cpu",)  # fastest first
+    wanted = compiled[0] if backend == "auto" else backend
+    module, load = (cpu, build.cpu_kernel) if wanted == "cpu" else (cuda, lambda: build.cuda_kernels(device))
+    obstacle = module.obstacle(device, weight_bits, group_size)
     if obstacle is None:
         try:
-            build.cpu_kernel()
-            return "cpu"
+            load()
+            return wanted
         except build.BuildError as error:
             obstacle = str(error)
-    if backend == "cpu":
-        raise ValueError(f"backend 'cpu' cannot run here: {obstacle}; use 'reference' or 'auto'")
-    if torch.device(device).type == "cpu" and weight_bits == 6:
-        _warn_once(f"the compiled CPU kernel is not used: {obstacle}")
+    if backend != "auto":
+        raise ValueError(f"backend {backend!r} cannot run here: {obstacle}; use 'reference' or 'auto'")
+    if device.type in ("cpu", "cuda") and weight_bits == 6:
+        _warn_once(f"the compiled {device.type.upper()} kernel is not used: {obstacle}")
     return "reference"
 
 
@@ -143,9 +186,20 @@ def _run_cpu(x, packed, bias, weight_bits, activation_bits, group_size) -> Tenso
     return cpu.w6ax_linear(x, *packed, bias, activation_bits)
 
 
+def _run_cuda(backend: str) -> Callable[..., Tensor]:
+    def run(x, packed, bias, weight_bits, activation_bits, group_size) -> Tensor:
+        weight, weight_scale, weight_exponent = packed
+        chunks = cuda.repack(weight, weight_scale, backend)
+        return cuda.w6ax_linear(x, chunks, weight_exponent, bias, activation_bits, backend)
+
+    return run
+
+
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "reference": _run_reference,
     "cpu": _run_cpu,
+    "imma": _run_cuda("imma"),
+    "bmma": _run_cuda("bmma"),
     "simulate": _run_simulate,
 }
 BACKENDS = ("auto", *_BACKENDS)
@@ -154,8 +208,7 @@ BACKENDS = ("auto", *_BACKENDS)
 def _require_fit(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size) -> None:
     require_bits(weight_bits, accepted=WEIGHT_BITS, what="weight bits")
     require_bits(activation_bits, accepted=ACTIVATION_BITS, what="activation bits")
-    if x.dim() == 0 or x.dtype not in FLOAT_TYPES:
-        raise TypeError(f"x is {x.dtype} of shape {tuple(x.shape)}; accepted: [..., K] float32, float16 or bfloat16")
+    _require_floats(x)
     outputs, groups = weight.shape[0], group_count(x.shape[-1], group_size)
     expected = {
         "weight": (weight, torch.uint8, (outputs, packed_bytes(groups * group_size, weight_bits))),
@@ -164,14 +217,40 @@ def _require_fit(x, weight, weight_scale, weight_exponent, bias, weight_bits, ac
     }
     if bias is not None:
         expected["bias"] = (bias, bias.dtype if bias.dtype in FLOAT_TYPES else x.dtype, (outputs,))
+    layer = f"x of {x.shape[-1]} features, {weight_bits}-bit weights and groups of {group_size}"
+    _require_operands(x, expected, layer)
+
+
+def _require_repacked(x, chunks, weight_exponent, bias, activation_bits, backend) -> None:
+    if backend not in cuda.ORDERS:
+        raise ValueError(f"backend is {backend!r}; accepted for repacked weights: {', '.join(cuda.ORDERS)}")
+    require_bits(activation_bits, accepted=ACTIVATION_BITS, what="activation bits")
+    _require_floats(x)
+    if x.device.type != "cuda":
+        raise ValueError(f"x is on {x.device}; accepted: a CUDA device, for backend {backend!r}")
+    outputs, groups = weight_exponent.shape[0], group_count(x.shape[-1], GROUP_SIZE)
+    expected = {
+        "chunks": (chunks, torch.uint8, (-(-outputs // cuda.CHUNK_ROWS), groups, cuda.CHUNK_BYTES)),
+        "weight_exponent": (weight_exponent, torch.int8, (outputs,)),
+    }
+    if bias is not None:
+        expected["bias"] = (bias, bias.dtype if bias.dtype in FLOAT_TYPES else x.dtype, (outputs,))
+    _require_operands(x, expected, f"x of {x.shape[-1]} features and {outputs} outputs")
+    if not chunks.is_contiguous():
+        raise ValueError("chunks are not contiguous; accepted: the result of cuda.repack as it is")
+
+
+def _require_floats(x: Tensor) -> None:
+    if x.dim() == 0 or x.dtype not in FLOAT_TYPES:
+        raise TypeError(f"x is {x.dtype} of shape {tuple(x.shape)}; accepted: [..., K] float32, float16 or bfloat16")
+
+
+def _require_operands(x: Tensor, expected: dict, layer: str) -> None:
     for name, (tensor, dtype, shape) in expected.items():
         if tensor.dtype != dtype:
             raise TypeError(f"{name} is {tensor.dtype}; accepted: {dtype}")
         if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; accepted: {shape} for x of {x.shape[-1]} features, "
-                f"{weight_bits}-bit weights and groups of {group_size}"
-            )
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: {shape} for {layer}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; accepted: one device")
 

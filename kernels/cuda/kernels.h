@@ -1,0 +1,46 @@
+// What the bindings call; each is in the file of its name. Addresses are device memory that flexq_core/runtime/cuda.py has checked.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace flexq {
+
+struct Linear;
+
+void repack(const void* weight, const void* scale, void* chunks, int outputs, int groups, int order, cudaStream_t stream);
+
+void quantize_activation(const void* x, int x_type, void* activations, int tokens, int features, int groups, int bits, int token_tiles,
+                         int order, cudaStream_t stream);
+
+void w6ax_imma(const Linear& linear, int token_tiles, cudaStream_t stream);
+void w6ax_bmma(const Linear& linear, int token_tiles, int activation_bits, cudaStream_t stream);
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+inline void check_launch(const char* what) { check(cudaGetLastError(), what); }
+
+// Launches a kernel that may start while the one before it on the stream still runs, where the card can (Hopper and later).
+template <class Kernel, class... Arguments>
+void launch(const char* what, Kernel kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t stream, Arguments... arguments) {
+  if (shared_bytes > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), what);
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device), what);
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), what);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
+}
+
+}  // namespace flexq

@@ -1,0 +1,75 @@
+// How operands lie in memory for the tensor-core kernels, and what a call is told.
+//
+// Weights: chunks of 32 outputs x 1 group (128 codes), [output / 32][group], padded with zero rows. A chunk is what one warp
+// consumes in a step, contiguous, in the order of its registers: no shuffle, no bank conflict, one bulk copy.
+//
+//   byte 0            512          1024          1536          2048          2560         3072     3136
+//        | half 0: three vectors of 16 bytes a lane | half 1: outputs 16 to 31 ...        | scales  |
+//
+//   In a half, vector v of lane l lies at (3 half + v) * 512 + 16 l: twelve words a lane, 64 codes of rows g and g + 8.
+//   Scales are float16: outputs g, g + 8, g + 16, g + 24 side by side, so that a lane reads its four at once.
+//
+// Activations: records of T tiles of 8 tokens x 1 group, [token / 8T][group], padded with zero tokens:
+//   T tiles of codes, then T * 8 float32 scales.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace flexq {
+
+constexpr int kGroup = 128;
+constexpr int kChunkRows = 32;
+constexpr int kCodeBytes = kChunkRows * kGroup * 6 / 8;
+constexpr int kChunkBytes = kCodeBytes + kChunkRows * 2;
+constexpr int kTokenTile = 8;
+
+// Kinds of number that x, y and bias may have; the values are part of the binding.
+enum class Float : int { f32 = 0, f16 = 1, bf16 = 2 };
+
+// Which order of bits the kernel wants.
+//   bytes (w6ax_imma): two's complement. Register r = 4 s + j of a half (k-step s, register j of the instruction) holds four codes
+//     of row g + 8 (j & 1), k = 64 (i / 4) + 16 q + 4 (i % 4) .. for i = 2 s + j / 2. Their upper four bits are nibbles of word
+//     r / 2 (even r: the upper ones), the lower two are field r % 4 of word 8 + r / 4.
+//   planes (w6ax_bmma): offset binary (q + 32). Word 2 p + h holds bit p of row g + 8 h, k = 32 q .. 32 q + 31.
+enum class Order : int { bytes = 0, planes = 1 };
+
+// Bytes of a tile of 8 tokens x 1 group of activations.
+//   bytes: code k of token m lies at (k / 64) * 512 + m * 64 + k % 64, so that a lane's two vectors are its operands.
+//   planes: `bits` planes, two's complement; word p * 32 + l of lane l is plane p of token l / 4, k = 32 (l % 4) ..; then 8
+//     sums of codes (int32), one a token, for the weights' offset.
+__host__ __device__ constexpr int activation_tile_bytes(Order order, int bits) {
+  return order == Order::bytes ? kTokenTile * kGroup : bits * 128 + 32;
+}
+
+__host__ __device__ constexpr int activation_record_bytes(Order order, int bits, int token_tiles) {
+  return token_tiles * (activation_tile_bytes(order, bits) + kTokenTile * 4);
+}
+
+struct Linear {
+  const uint8_t* weight;       // chunks
+  const int8_t* exponent;      // [outputs]
+  const void* bias;            // [outputs] of type bias_type, or null
+  const uint8_t* activations;  // records
+  void* y;                     // [tokens, outputs] of type y_type
+  int tokens, outputs, groups;
+  Float y_type, bias_type;
+};
+
+__device__ __forceinline__ float load_float(const void* from, int64_t at, Float type) {
+  if (type == Float::f32) return static_cast<const float*>(from)[at];
+  if (type == Float::f16) return __half2float(static_cast<const __half*>(from)[at]);
+  return __bfloat162float(static_cast<const __nv_bfloat16*>(from)[at]);
+}
+
+__device__ __forceinline__ void store_float(void* to, int64_t at, Float type, float value) {
+  if (type == Float::f32)
+    static_cast<float*>(to)[at] = value;
+  else if (type == Float::f16)
+    static_cast<__half*>(to)[at] = __float2half_rn(value);
+  else
+    static_cast<__nv_bfloat16*>(to)[at] = __float2bfloat16_rn(value);
+}
+
+}  // namespace flexq

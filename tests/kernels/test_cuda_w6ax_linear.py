@@ -1,0 +1,320 @@
+"""The CUDA kernels on this machine's card: exact, complete, and awake to a wrong bit. They compile wherever nvcc is found."""
+
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from flexq_core.quant import LayerPrecision, pack_bit_planes, pack_codes, quantize_weight, unpack_bit_planes
+from flexq_core.runtime import build, cuda, ops
+from flexq_core.runtime.linear import FlexQLinear
+from tests import reference
+
+gpu = pytest.mark.gpu
+BACKENDS = ["imma", "bmma"]
+both = pytest.mark.parametrize("backend", BACKENDS)
+bits_6_8 = pytest.mark.parametrize("activation_bits", [6, 8])
+
+
+def nvcc_missing() -> str:
+    try:
+        build.cuda_home()
+    except build.BuildError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.skipif(bool(nvcc_missing()), reason=f"nothing can be compiled: {nvcc_missing()}")
+@pytest.mark.parametrize("source", [name for name in build.CUDA_SOURCES if name.endswith(".cu")])
+def test_compiles_for_every_supported_card_without_spilling(source, tmp_path):
+    targets = [f"-gencode=arch=compute_{card},code=sm_{card}" for card in ("80", "86", "89", "90a")]
+    command = [
+        build.cuda_home() / "bin" / "nvcc",
+        *build.CUDA_FLAGS,
+        *targets,
+        "-Werror",
+        "all-warnings",
+        "-Xptxas",
+        "-v",
+        "-c",
+    ]
+    done = subprocess.run(
+        [*command, build.KERNELS / "cuda" / source, "-o", tmp_path / "object.o"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    spilled = [
+        line for line in done.stderr.splitlines() if "spill stores" in line and " 0 bytes spill stores" not in line
+    ]
+    assert not spilled
+
+
+def linear(x, packed, scales, exponents, bias, activation_bits, backend, dtype=torch.float32):
+    """Run on the GPU into an output full of NaN, so that what is not written shows."""
+    device = torch.device("cuda")
+    chunks = cuda.repack(packed.to(device), scales.to(device), backend)
+    x = x.to(device, dtype)
+    out = torch.full((len(x), len(packed)), torch.nan, device=device, dtype=dtype)
+    records = cuda.quantize_activation(x, activation_bits, backend)
+    bias = None if bias is None else bias.to(device)
+    y = cuda.linear(records, len(x), chunks, exponents.to(device), bias, activation_bits, backend, out)
+    assert not torch.isnan(y).any()
+    return y.cpu()
+
+
+@gpu
+@both
+@bits_6_8
+@pytest.mark.parametrize("tokens", range(1, 66))
+def test_equals_the_float64_oracle(backend, activation_bits, tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    for outputs, features in [(1, 1), (37, 200), (64, 384), (33, 1030), (130, 2176), (257, 5001)]:
+        weight = quantize_weight(torch.randn(outputs, features, generator=generator))
+        exponents = torch.randint(-3, 4, (outputs,), generator=generator, dtype=torch.int8)
+        bias = torch.randn(outputs, generator=generator)
+        x = torch.randn(tokens, features, generator=generator) * 3
+        y = linear(x, pack_codes(weight.codes, 6), weight.scales, exponents, bias, activation_bits, backend)
+        truth = reference.linear_oracle(
+            x.numpy(), weight.codes.numpy(), weight.scales.numpy(), exponents.numpy(), bias.numpy(), activation_bits
+        )
+        # One rounding a group and partial sum, relative to the sum of magnitudes: far below what one wrong code would do.
+        bound = 4e-7 * np.sqrt(features) * np.abs(truth).max() + 1e-6
+        assert np.abs(y.numpy() - truth).max() <= bound
+
+
+def exact_layer(outputs, features, seed=0):
+    """Random codes with power-of-two scales: every product and sum is exact in float32."""
+    padded = -(-features // 128) * 128
+    codes = torch.randint(-32, 32, (outputs, padded), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+    scales = torch.full((outputs, padded // 128), 0.25, dtype=torch.float16)
+    return codes, scales, torch.zeros(outputs, dtype=torch.int8)
+
+
+@gpu
+@both
+@bits_6_8
+@pytest.mark.parametrize("tokens", [1, 5, 8, 16, 40, 65])
+def test_one_hot_activations_return_every_code_bit_for_bit(backend, activation_bits, tokens):
+    codes, scales, exponents = exact_layer(45, 300)
+    top = 2.0 ** (activation_bits - 1) - 1
+    for first in range(0, 300, tokens):
+        x = torch.eye(300)[first : first + tokens] * top
+        y = linear(x, pack_codes(codes, 6), scales, exponents, None, activation_bits, backend)
+        assert torch.equal(y, codes[:, first : first + len(x)].T * top / 4)
+
+
+@gpu
+@both
+@pytest.mark.parametrize("tokens", [8, 48, 130])
+def test_integer_inputs_give_integer_results_bit_for_bit(backend, tokens):
+    codes, scales, exponents = exact_layer(70, 512)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(-127, 128, (tokens, 512), generator=generator).float()
+    x[:, ::128] = 127  # so that every group's scale is one
+    y = linear(x, pack_codes(codes, 6), scales, exponents, None, 8, backend)
+    assert torch.equal(y.double(), x.double() @ codes.double().T / 4)
+
+
+@gpu
+@both
+@pytest.mark.parametrize("tokens", [4, 20])
+@pytest.mark.parametrize("plane", range(6))
+def test_dropping_a_bit_plane_is_caught(backend, tokens, plane):
+    codes, scales, exponents = exact_layer(20, 256)
+    planes = pack_bit_planes(codes, 6)
+    planes[plane] = 0
+    x = torch.eye(256)[:tokens] * 31
+    y = linear(x, pack_codes(unpack_bit_planes(planes), 6), scales, exponents, None, 6, backend)
+    assert not torch.equal(y, codes[:, :tokens].T * 31.0 / 4)
+
+
+@gpu
+@both
+@pytest.mark.parametrize("tokens", [8, 32])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_sums_at_their_extremes_do_not_overflow(backend, tokens, sign):
+    codes = torch.full((17, 256), -32, dtype=torch.int8)
+    scales = torch.ones(17, 2, dtype=torch.float16)
+    x = torch.full((tokens, 256), 127.0 * sign)
+    y = linear(x, pack_codes(codes, 6), scales, torch.zeros(17, dtype=torch.int8), None, 8, backend)
+    assert torch.equal(y, torch.full((tokens, 17), -127.0 * sign * 32 * 256))
+
+
+@gpu
+@both
+def test_activation_codes_equal_the_definition_at_rounding_edges(backend):
+    """Halves, the largest magnitudes and subnormals: read back through an identity of unit weights."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(6, 128, generator=generator)
+    x[0] = torch.arange(-64, 64).float() / 2
+    x[1] *= 1e-41
+    x[2] *= 1e37
+    x[3] = 0
+    codes = torch.eye(128, dtype=torch.int8)
+    scales = torch.ones(128, 1, dtype=torch.float16)
+    for bits in (6, 8):
+        y = linear(x, pack_codes(codes, 6), scales, torch.zeros(128, dtype=torch.int8), None, bits, backend)
+        q, s = reference.quantize(x.numpy(), bits)
+        assert np.array_equal(y.numpy(), q.astype(np.float32) * s)
+
+
+@gpu
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [None, torch.float16, torch.float32])
+def test_types_of_inputs_and_bias(backend, dtype, bias):
+    """The result is the float32 one on the same inputs, rounded once."""
+    weight = quantize_weight(torch.randn(70, 640))
+    x = torch.randn(9, 640).to(dtype)
+    b = None if bias is None else torch.randn(70, dtype=bias)
+    arguments = (pack_codes(weight.codes, 6), weight.scales, weight.exponents, b, 6, backend)
+    assert torch.equal(linear(x, *arguments, dtype=dtype), linear(x, *arguments).to(dtype))
+
+
+@gpu
+@both
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_a_token_that_is_not_finite_gives_nan_and_the_others_do_not(backend, value, tokens):
+    layer = FlexQLinear.from_linear(torch.nn.Linear(200, 40), backend=backend).cuda()
+    x = torch.randn(tokens, 200, device="cuda")
+    right = layer(x)
+    x[2, 199] = value
+    y = layer(x)
+    assert torch.isnan(y[2]).all()
+    others = torch.arange(tokens) != 2
+    assert torch.equal(y[others], right[others])
+
+
+@gpu
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_strided_and_misaligned_inputs(backend, dtype):
+    layer = FlexQLinear.from_linear(torch.nn.Linear(300, 70), backend=backend).cuda()
+    wide = torch.randn(33, 801, device="cuda", dtype=dtype)
+    for x in (
+        wide[:, 1:301],
+        wide[:, ::2][:, :300],
+        wide[3:300:4, :300],
+        wide.T[:300].T,
+        wide.flatten()[7:2107].view(7, 300),
+    ):
+        assert torch.equal(layer(x), layer(x.clone(memory_format=torch.contiguous_format)))
+    assert layer(wide[:0, :300]).shape == (0, 70)
+
+
+@gpu
+@both
+def test_equal_calls_give_equal_bits(backend):
+    layer = FlexQLinear.from_linear(torch.nn.Linear(4096, 1024), backend=backend).cuda().half()
+    x = torch.randn(16, 4096, device="cuda", dtype=torch.float16)
+    first = layer(x)
+    assert all(torch.equal(layer(x), first) for _ in range(50))
+    assert torch.equal(layer(x[:3]), first[:3])  # and a token's does not depend on the tokens beside it
+
+
+@gpu
+@both
+def test_two_streams_at_once(backend):
+    layers = [FlexQLinear.from_linear(torch.nn.Linear(2048, 512), backend=backend).cuda().half() for _ in range(2)]
+    xs = [torch.randn(8, 2048, device="cuda", dtype=torch.float16) for _ in range(2)]
+    expected = [layer(x) for layer, x in zip(layers, xs, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    results = [[], []]
+    for _ in range(20):
+        for index, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results[index].append(layers[index](xs[index]))
+    torch.cuda.synchronize()
+    for found, right in zip(results, expected, strict=True):
+        assert all(torch.equal(y, right) for y in found)
+
+
+@gpu
+@both
+def test_a_graph_replayed_with_new_data(backend):
+    layers = torch.nn.Sequential(
+        *[FlexQLinear.from_linear(torch.nn.Linear(1024, 1024), backend=backend) for _ in range(3)]
+    )
+    layers = layers.cuda().half()
+    x = torch.randn(4, 1024, device="cuda", dtype=torch.float16)
+    layers(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layers(x)
+    for _ in range(5):
+        x.copy_(torch.randn_like(x))
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, layers(x))
+
+
+@gpu
+@both
+def test_compiles_without_a_graph_break(backend):
+    layer = FlexQLinear.from_linear(torch.nn.Linear(640, 256), backend=backend).cuda().half()
+    layer.prepare()
+    x = torch.randn(5, 640, device="cuda", dtype=torch.float16)
+    assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+    arguments = (x, layer.prepare()[1], layer.weight_exponent, layer.bias, 6, backend)
+    torch.library.opcheck(torch.ops.flexq.w6ax_linear_repacked, arguments)
+
+
+@gpu
+@both
+@bits_6_8
+def test_the_layer_agrees_with_the_reference_and_with_the_canonical_op(backend, activation_bits):
+    precision = LayerPrecision(6, activation_bits)
+    layer = FlexQLinear.from_linear(torch.nn.Linear(1030, 333), precision=precision, backend=backend).cuda()
+    x = torch.randn(2, 9, 1030, device="cuda")
+    operands = (layer.weight, layer.weight_scale, layer.weight_exponent, layer.bias, 6, activation_bits, 128)
+    y, expected = layer(x), ops.w6ax_linear(x, *operands, "reference")
+    assert torch.equal(y, ops.w6ax_linear(x, *operands, backend))
+    assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@gpu
+def test_auto_takes_the_fastest_and_moving_a_layer_repacks_it():
+    layer = FlexQLinear.from_linear(torch.nn.Linear(256, 96)).cuda()
+    assert layer.prepare()[0] == "imma"
+    x = torch.randn(3, 256, device="cuda")
+    y = layer(x)
+    other = FlexQLinear.from_linear(torch.nn.Linear(256, 96)).cuda()
+    other(x)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), y)
+    layer.backend = "reference"
+    assert (layer(x) - y).abs().max() <= 1e-5 * y.abs().max()
+    assert (layer.cpu()(x.cpu()) - y.cpu()).abs().max() <= 1e-5 * y.abs().max()
+
+
+@gpu
+def test_what_does_not_fit_is_refused_before_a_launch():
+    layer = FlexQLinear.from_linear(torch.nn.Linear(256, 96)).cuda()
+    chunks, exponent = layer.prepare()[1], layer.weight_exponent
+    x = torch.randn(3, 256, device="cuda")
+
+    def call(x=x, chunks=chunks, exponent=exponent, bias=None, bits=6, backend="imma"):
+        return ops.w6ax_linear_repacked(x, chunks, exponent, bias, bits, backend)
+
+    with pytest.raises(TypeError, match="x is torch.float64"):
+        call(x=x.double())
+    with pytest.raises(
+        ValueError, match=r"chunks has shape \(3, 2, 3136\); accepted: \(3, 3, 3136\) for x of 300 features"
+    ):
+        call(x=torch.randn(3, 300, device="cuda"))
+    with pytest.raises(TypeError, match="chunks is torch.int8; accepted: torch.uint8"):
+        call(chunks=chunks.view(torch.int8))
+    with pytest.raises(ValueError, match="weight_exponent is on cpu, x on cuda:0; accepted: one device"):
+        call(exponent=exponent.cpu())
+    with pytest.raises(ValueError, match="x is on cpu; accepted: a CUDA device"):
+        call(x=x.cpu())
+    with pytest.raises(ValueError, match="activation bits"):
+        call(bits=7)
+    with pytest.raises(ValueError, match="backend is 'cpu'; accepted for repacked weights: imma, bmma"):
+        call(backend="cpu")
+    with pytest.raises(ValueError, match="not contiguous"):
+        call(chunks=chunks.transpose(0, 1).contiguous().transpose(0, 1))
+    with pytest.raises(ValueError, match="bias has shape"):
+        call(bias=torch.zeros(7, device="cuda"))
