@@ -22,7 +22,7 @@ CHUNK_ROWS, CHUNK_BYTES = 32, 32 * GROUP_SIZE * 6 // 8 + 32 * 2
 """Outputs of a chunk of repacked weights, and its bytes: codes of one group, then float16 scales."""
 
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_TOKEN_TILES = {"imma": (1, 2, 4, 8), "bmma": (1, 2, 4)}  # of 8 tokens, that a block of a kernel can compute at once
+_TOKEN_TILES = {"imma": (1, 2, 4, 8), "bmma": (1, 2)}  # of 8 tokens, that a block of a kernel can compute at once
 
 
 def obstacle(device: torch.device, weight_bits: int, group_size: int) -> str | None:

@@ -23,10 +23,22 @@ inline void check(cudaError_t status, const char* what) {
 
 inline void check_launch(const char* what) { check(cudaGetLastError(), what); }
 
+// How many blocks of a kernel the current card runs at once, or 0 where it has too little shared memory for one.
+template <class Kernel>
+int blocks_at_once(const char* what, Kernel kernel, int threads, int shared_bytes) {
+  int device = 0, multiprocessors = 0, most = 0, blocks = 0;
+  check(cudaGetDevice(&device), what);
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
+  if (shared_bytes > most) return 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), what);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), what);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), what);
+  return blocks * multiprocessors;
+}
+
 // Launches a kernel that may start while the one before it on the stream still runs, where the card can (Hopper and later).
 template <class Kernel, class... Arguments>
 void launch(const char* what, Kernel kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t stream, Arguments... arguments) {
-  if (shared_bytes > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), what);
   int device = 0, major = 0;
   check(cudaGetDevice(&device), what);
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), what);

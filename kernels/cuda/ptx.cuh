@@ -7,10 +7,17 @@ namespace flexq {
 // s8 tensor core: c[16 x 8] += a[16 x 32] * b[32 x 8]. A lane (g = lane / 4, q = lane % 4) holds, four codes a register,
 //   a[0], a[1]: rows g, g + 8, k = 4 q ..;  a[2], a[3]: the same rows, k = 16 + 4 q ..;  b[0], b[1]: column g, k = 4 q .., 16 + 4 q ..
 //   c[0], c[1]: row g, columns 2 q, 2 q + 1;  c[2], c[3]: row g + 8
-__device__ __forceinline__ void mma_s8(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c = start + a * b
+__device__ __forceinline__ void mma_s8_start(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int32_t start) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+      : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(start));
 }
 
 // Binary tensor core: c[16 x 8] += popcount(a[16 x 128] & b[128 x 8]). a0, a1: rows g, g + 8, bits 32 q ..;  b: column g, bits 32 q ..
@@ -60,10 +67,16 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
-// Weights are read once a call: they leave the L2 cache before anything else does.
+// What is read once leaves the L2 cache before anything else does, what is read again after it.
 __device__ __forceinline__ uint64_t evict_first() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ uint64_t evict_last() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 

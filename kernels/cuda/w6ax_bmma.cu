@@ -14,101 +14,116 @@ namespace {
 constexpr int kPlanes = 6;  // of the weights
 
 template <int kBits, int kTokenTiles, int kWarps, int kStages>
-__global__ void __launch_bounds__(kWarps * 32) w6ax_bmma_kernel(const __grid_constant__ Linear p) {
-  constexpr int kTileBytes = activation_tile_bytes(Order::planes, kBits);
-  constexpr int kRecordBytes = activation_record_bytes(Order::planes, kBits, kTokenTiles);
-  extern __shared__ __align__(128) uint8_t shared[];
-  allow_next_kernel();
-  Ring<kWarps, kStages, kRecordBytes> ring(shared, p.weight + int64_t(blockIdx.x) * p.groups * kChunkBytes,
-                                           p.activations + int64_t(blockIdx.y) * p.groups * kRecordBytes, p.groups);
-  ring.start();
-  const int lane = ring.lane, g = lane / 4, q = lane % 4;
-  float sums[2][kTokenTiles][4] = {};
-
-  for (int step = 0; step < ring.steps; ++step) {
-    const uint8_t* chunk = ring.wait();
-    const uint8_t* record = chunk + kChunkBytes;
-    const float* sx = reinterpret_cast<const float*>(record + kTokenTiles * kTileBytes) + 2 * q;
-    const uint2 four_scales = *reinterpret_cast<const uint2*>(chunk + kCodeBytes + g * 8);
-    uint32_t words[2][12];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int v = 0; v < 3; ++v)
-        *reinterpret_cast<uint4*>(words[half] + 4 * v) = *reinterpret_cast<const uint4*>(chunk + (3 * half + v) * 512 + lane * 16);
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) {
-      const uint8_t* tile = record + t * kTileBytes;
-      uint32_t planes[kBits];
-#pragma unroll
-      for (int j = 0; j < kBits; ++j) planes[j] = *reinterpret_cast<const uint32_t*>(tile + j * 128 + lane * 4);
-      const int2 x_sum = *reinterpret_cast<const int2*>(tile + kBits * 128 + q * 8);
-      int32_t plus[2][4] = {}, minus[2][4] = {};  // two halves: two independent chains
-#pragma unroll
-      for (int diagonal = kPlanes + kBits - 2; diagonal >= 0; --diagonal) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) plus[half][i] <<= 1;
-          if (diagonal >= kBits - 1)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) minus[half][i] <<= 1;
-        }
-#pragma unroll
-        for (int i = 0; i < kPlanes; ++i) {
-          const int j = diagonal - i;
-          if (j < 0 || j >= kBits) continue;
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-            mma_b1(j == kBits - 1 ? minus[half] : plus[half], words[half][2 * i], words[half][2 * i + 1], planes[j]);
-        }
-      }
-      const float2 s = *reinterpret_cast<const float2*>(sx + t * kTokenTile);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t two = half == 0 ? four_scales.x : four_scales.y;
-        const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(&two));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int32_t inner = plus[half][i] - (minus[half][i] << (kBits - 1)) - 32 * (i % 2 ? x_sum.y : x_sum.x);
-          sums[half][t][i] = fmaf(float(inner), (i < 2 ? sw.x : sw.y) * (i % 2 ? s.y : s.x), sums[half][t][i]);
-        }
-      }
-    }
-    ring.release(step);
-  }
-  add_and_store<kWarps, kTokenTiles>(p, reinterpret_cast<float*>(shared), sums, 0);
-}
+struct Shape {
+  static constexpr int kRecordBytes = activation_record_bytes(Order::planes, kBits, kTokenTiles);
+  using TheRing = Ring<kWarps, kStages, kRecordBytes>;
+  using TheReduction = Reduction<kWarps, kTokenTiles>;
+  static constexpr int kSharedBytes = TheRing::kSharedBytes + TheReduction::kSharedBytes;
+};
 
 template <int kBits, int kTokenTiles, int kWarps, int kStages>
-void run(const Linear& p, cudaStream_t stream) {
-  using TheRing = Ring<kWarps, kStages, activation_record_bytes(Order::planes, kBits, kTokenTiles)>;
-  static_assert(TheRing::kSharedBytes >= kWarps * kTokenTiles * kTokenTile * (kChunkRows + 4) * 4, "the warps' sums fit the rings");
-  const dim3 grid((p.outputs + kChunkRows - 1) / kChunkRows, (p.tokens + kTokenTiles * kTokenTile - 1) / (kTokenTiles * kTokenTile));
-  launch("w6ax_bmma", w6ax_bmma_kernel<kBits, kTokenTiles, kWarps, kStages>, grid, kWarps * 32, TheRing::kSharedBytes, stream, p);
+__global__ void __launch_bounds__(kWarps * 32) w6ax_bmma_kernel(const __grid_constant__ Linear p) {
+  using Parts = Shape<kBits, kTokenTiles, kWarps, kStages>;
+  constexpr int kTileBytes = activation_tile_bytes(Order::planes, kBits);
+  extern __shared__ __align__(128) uint8_t shared[];
+  allow_next_kernel();
+  const Tiles tiles(p, kTokenTiles * kTokenTile);
+  typename Parts::TheRing ring(p, tiles, shared);
+  ring.start();
+  const int lane = ring.lane, g = lane / 4, q = lane % 4;
+
+  for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
+    float sums[2][kTokenTiles][4] = {};
+    for (int group = ring.warp; group < p.groups; group += kWarps) {
+      const uint8_t* chunk = ring.wait();
+      const uint8_t* record = chunk + kChunkBytes;
+      const float* sx = reinterpret_cast<const float*>(record + kTokenTiles * kTileBytes) + 2 * q;
+      const uint2 four_scales = *reinterpret_cast<const uint2*>(chunk + kCodeBytes + g * 8);
+      uint32_t words[2][12];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int v = 0; v < 3; ++v)
+          *reinterpret_cast<uint4*>(words[half] + 4 * v) = *reinterpret_cast<const uint4*>(chunk + (3 * half + v) * 512 + lane * 16);
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t) {
+        const uint8_t* codes = record + t * kTileBytes;
+        uint32_t planes[kBits];
+#pragma unroll
+        for (int j = 0; j < kBits; ++j) planes[j] = *reinterpret_cast<const uint32_t*>(codes + j * 128 + lane * 4);
+        const int2 x_sum = *reinterpret_cast<const int2*>(codes + kBits * 128 + q * 8);
+        int32_t plus[2][4] = {}, minus[2][4] = {};  // two halves: two independent chains
+#pragma unroll
+        for (int diagonal = kPlanes + kBits - 2; diagonal >= 0; --diagonal) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) plus[half][i] <<= 1;
+            if (diagonal >= kBits - 1)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) minus[half][i] <<= 1;
+          }
+#pragma unroll
+          for (int i = 0; i < kPlanes; ++i) {
+            const int j = diagonal - i;
+            if (j < 0 || j >= kBits) continue;
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+              mma_b1(j == kBits - 1 ? minus[half] : plus[half], words[half][2 * i], words[half][2 * i + 1], planes[j]);
+          }
+        }
+        const float2 s = *reinterpret_cast<const float2*>(sx + t * kTokenTile);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t two = half == 0 ? four_scales.x : four_scales.y;
+          const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(&two));
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int32_t inner = plus[half][i] - (minus[half][i] << (kBits - 1)) - 32 * (i % 2 ? x_sum.y : x_sum.x);
+            sums[half][t][i] = fmaf(float(inner), (i < 2 ? sw.x : sw.y) * (i % 2 ? s.y : s.x), sums[half][t][i]);
+          }
+        }
+      }
+      ring.release();
+    }
+    auto* buffer = reinterpret_cast<float*>(shared + Parts::TheRing::kSharedBytes);
+    Parts::TheReduction::store(p, buffer, sums, tile / tiles.tokens, tile % tiles.tokens, 0);
+  }
+}
+
+// Returns whether the card has the shared memory for this shape.
+template <int kBits, int kTokenTiles, int kWarps, int kStages>
+bool run(const Linear& p, cudaStream_t stream) {
+  using Parts = Shape<kBits, kTokenTiles, kWarps, kStages>;
+  const auto kernel = w6ax_bmma_kernel<kBits, kTokenTiles, kWarps, kStages>;
+  const int most = blocks_at_once("w6ax_bmma", kernel, kWarps * 32, Parts::kSharedBytes);
+  if (most == 0) return false;
+  const int tiles = Tiles(p, kTokenTiles * kTokenTile).count();
+  launch("w6ax_bmma", kernel, dim3(tiles < most ? tiles : most), kWarps * 32, Parts::kSharedBytes, stream, p);
+  return true;
 }
 
 template <int kBits>
-void run(const Linear& p, int token_tiles, cudaStream_t stream) {
+bool run(const Linear& p, int token_tiles, cudaStream_t stream) {
 #ifdef FLEXQ_SWEEP
   const char* text = getenv("FLEXQ_CONFIG");
   const std::string config = text ? text : "";
 #define FLEXQ_TRY(T, W, S) \
   if (token_tiles == T && config == #W "," #S) return run<kBits, T, W, S>(p, stream);
-  FLEXQ_TRY(1, 4, 3) FLEXQ_TRY(1, 4, 4) FLEXQ_TRY(1, 8, 2) FLEXQ_TRY(1, 8, 3) FLEXQ_TRY(1, 8, 4)
+  FLEXQ_TRY(1, 8, 3) FLEXQ_TRY(1, 8, 4) FLEXQ_TRY(1, 12, 2) FLEXQ_TRY(1, 12, 3) FLEXQ_TRY(1, 16, 2) FLEXQ_TRY(1, 16, 3)
 #endif
   switch (token_tiles) {
-    case 1: return run<kBits, 1, 4, 4>(p, stream);
-    case 2: return run<kBits, 2, 4, 4>(p, stream);
-    case 4: return run<kBits, 4, 4, 3>(p, stream);
-    default: throw std::invalid_argument("token_tiles is " + std::to_string(token_tiles) + "; accepted: 1, 2, 4");
+    case 1: return run<kBits, 1, 12, 3>(p, stream) || run<kBits, 1, 8, 2>(p, stream);
+    case 2: return run<kBits, 2, 8, 3>(p, stream) || run<kBits, 2, 4, 2>(p, stream);
+    default: throw std::invalid_argument("token_tiles is " + std::to_string(token_tiles) + "; accepted: 1, 2");
   }
 }
 
 }  // namespace
 
 void w6ax_bmma(const Linear& p, int token_tiles, int activation_bits, cudaStream_t stream) {
-  activation_bits == 8 ? run<8>(p, token_tiles, stream) : run<6>(p, token_tiles, stream);
+  if (!(activation_bits == 8 ? run<8>(p, token_tiles, stream) : run<6>(p, token_tiles, stream)))
+    throw std::runtime_error("w6ax_bmma: this card has too little shared memory");
 }
 
 }  // namespace flexq

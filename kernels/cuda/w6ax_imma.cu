@@ -26,68 +26,87 @@ constexpr int32_t kMagicBits = 0x4b400000;
 constexpr float kMagic = 12582912.0f;
 
 template <int kTokenTiles, int kWarps, int kStages>
-__global__ void __launch_bounds__(kWarps * 32) w6ax_imma_kernel(const __grid_constant__ Linear p) {
-  constexpr int kRecordBytes = activation_record_bytes(Order::bytes, 8, kTokenTiles);
-  extern __shared__ __align__(128) uint8_t shared[];
-  allow_next_kernel();
-  Ring<kWarps, kStages, kRecordBytes> ring(shared, p.weight + int64_t(blockIdx.x) * p.groups * kChunkBytes,
-                                           p.activations + int64_t(blockIdx.y) * p.groups * kRecordBytes, p.groups);
-  ring.start();
-  const int lane = ring.lane, g = lane / 4, q = lane % 4;
-  float sums[2][kTokenTiles][4] = {};
-
-  for (int step = 0; step < ring.steps; ++step) {
-    const uint8_t* chunk = ring.wait();
-    const uint8_t* record = chunk + kChunkBytes;
-    const float* sx = reinterpret_cast<const float*>(record + kTokenTiles * 1024) + 2 * q;
-    const uint2 four_scales = *reinterpret_cast<const uint2*>(chunk + kCodeBytes + g * 8);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t words[12];
-#pragma unroll
-      for (int v = 0; v < 3; ++v)
-        *reinterpret_cast<uint4*>(words + 4 * v) = *reinterpret_cast<const uint4*>(chunk + (3 * half + v) * 512 + lane * 16);
-      int32_t inner[kTokenTiles][4];
-#pragma unroll
-      for (int t = 0; t < kTokenTiles; ++t)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) inner[t][i] = kMagicBits;
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {  // two k-steps share a vector of activations
-        uint32_t a[2][4];
-        expand(words, 2 * pair, a[0]);
-        expand(words, 2 * pair + 1, a[1]);
-#pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t) {
-          const uint4 b = *reinterpret_cast<const uint4*>(record + t * 1024 + pair * 512 + lane * 16);
-          mma_s8(inner[t], a[0][0], a[0][1], a[0][2], a[0][3], b.x, b.y);
-          mma_s8(inner[t], a[1][0], a[1][1], a[1][2], a[1][3], b.z, b.w);
-        }
-      }
-      const uint32_t two = half == 0 ? four_scales.x : four_scales.y;
-      const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(&two));  // of rows g and g + 8
-#pragma unroll
-      for (int t = 0; t < kTokenTiles; ++t) {
-        const float2 s = *reinterpret_cast<const float2*>(sx + t * kTokenTile);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float scale = (i < 2 ? sw.x : sw.y) * (i % 2 ? s.y : s.x);
-          sums[half][t][i] = fmaf(__int_as_float(inner[t][i]) - kMagic, scale, sums[half][t][i]);
-        }
-      }
-    }
-    ring.release(step);
-  }
-  constexpr int kFour = 2;  // codes were multiplied by 2^2
-  add_and_store<kWarps, kTokenTiles>(p, reinterpret_cast<float*>(shared), sums, -kFour);
-}
+struct Shape {
+  static constexpr int kRecordBytes = activation_record_bytes(Order::bytes, 8, kTokenTiles);
+  using TheRing = Ring<kWarps, kStages, kRecordBytes>;
+  using TheReduction = Reduction<kWarps, kTokenTiles>;
+  static constexpr int kSharedBytes = TheRing::kSharedBytes + TheReduction::kSharedBytes;
+};
 
 template <int kTokenTiles, int kWarps, int kStages>
-void run(const Linear& p, cudaStream_t stream) {
-  using TheRing = Ring<kWarps, kStages, activation_record_bytes(Order::bytes, 8, kTokenTiles)>;
-  static_assert(TheRing::kSharedBytes >= kWarps * kTokenTiles * kTokenTile * (kChunkRows + 4) * 4, "the warps' sums fit the rings");
-  const dim3 grid((p.outputs + kChunkRows - 1) / kChunkRows, (p.tokens + kTokenTiles * kTokenTile - 1) / (kTokenTiles * kTokenTile));
-  launch("w6ax_imma", w6ax_imma_kernel<kTokenTiles, kWarps, kStages>, grid, kWarps * 32, TheRing::kSharedBytes, stream, p);
+__global__ void __launch_bounds__(kWarps * 32) w6ax_imma_kernel(const __grid_constant__ Linear p) {
+  using Parts = Shape<kTokenTiles, kWarps, kStages>;
+  extern __shared__ __align__(128) uint8_t shared[];
+  allow_next_kernel();
+  const Tiles tiles(p, kTokenTiles * kTokenTile);
+  typename Parts::TheRing ring(p, tiles, shared);
+  ring.start();
+  const int lane = ring.lane, g = lane / 4, q = lane % 4;
+
+  for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
+    float sums[2][kTokenTiles][4] = {};
+    for (int group = ring.warp; group < p.groups; group += kWarps) {
+      const uint8_t* chunk = ring.wait();
+      const uint8_t* record = chunk + kChunkBytes;
+      const float* sx = reinterpret_cast<const float*>(record + kTokenTiles * 1024) + 2 * q;
+      uint32_t a[2][4][4];
+      __half2 sw[2];  // of rows g and g + 8
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t words[12];
+#pragma unroll
+        for (int v = 0; v < 3; ++v)
+          *reinterpret_cast<uint4*>(words + 4 * v) = *reinterpret_cast<const uint4*>(chunk + (3 * half + v) * 512 + lane * 16);
+#pragma unroll
+        for (int s = 0; s < 4; ++s) expand(words, s, a[half][s]);
+        sw[half] = *reinterpret_cast<const __half2*>(chunk + kCodeBytes + g * 8 + half * 4);
+      }
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t) {
+        const uint4 b0 = *reinterpret_cast<const uint4*>(record + t * 1024 + lane * 16);
+        const uint4 b1 = *reinterpret_cast<const uint4*>(record + t * 1024 + 512 + lane * 16);
+        const float2 s = *reinterpret_cast<const float2*>(sx + t * kTokenTile);
+        int32_t inner[2][4];
+#pragma unroll
+        for (int step = 0; step < 4; ++step)  // halves are independent: none waits for the one before
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const uint4 b = step < 2 ? b0 : b1;
+            const uint32_t(&w)[4] = a[half][step];
+            const uint32_t b0_of_step = step % 2 ? b.z : b.x, b1_of_step = step % 2 ? b.w : b.y;
+            if (step == 0)
+              mma_s8_start(inner[half], w, b0_of_step, b1_of_step, kMagicBits);
+            else
+              mma_s8(inner[half], w, b0_of_step, b1_of_step);
+          }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 w = __half22float2(sw[half]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float scale = (i < 2 ? w.x : w.y) * (i % 2 ? s.y : s.x);
+            sums[half][t][i] = fmaf(__int_as_float(inner[half][i]) - kMagic, scale, sums[half][t][i]);
+          }
+        }
+      }
+      ring.release();
+    }
+    constexpr int kFour = 2;  // codes were multiplied by 2^2
+    auto* buffer = reinterpret_cast<float*>(shared + Parts::TheRing::kSharedBytes);
+    Parts::TheReduction::store(p, buffer, sums, tile / tiles.tokens, tile % tiles.tokens, -kFour);
+  }
+}
+
+// Returns whether the card has the shared memory for this shape.
+template <int kTokenTiles, int kWarps, int kStages>
+bool run(const Linear& p, cudaStream_t stream) {
+  using Parts = Shape<kTokenTiles, kWarps, kStages>;
+  const auto kernel = w6ax_imma_kernel<kTokenTiles, kWarps, kStages>;
+  const int most = blocks_at_once("w6ax_imma", kernel, kWarps * 32, Parts::kSharedBytes);
+  if (most == 0) return false;
+  const int tiles = Tiles(p, kTokenTiles * kTokenTile).count();
+  launch("w6ax_imma", kernel, dim3(tiles < most ? tiles : most), kWarps * 32, Parts::kSharedBytes, stream, p);
+  return true;
 }
 
 }  // namespace
@@ -97,19 +116,21 @@ void w6ax_imma(const Linear& p, int token_tiles, cudaStream_t stream) {
   const char* text = getenv("FLEXQ_CONFIG");
   const std::string config = text ? text : "";
 #define FLEXQ_TRY(T, W, S) \
-  if (token_tiles == T && config == #W "," #S) return run<T, W, S>(p, stream);
-  FLEXQ_TRY(1, 4, 3) FLEXQ_TRY(1, 4, 4) FLEXQ_TRY(1, 4, 6) FLEXQ_TRY(1, 4, 8) FLEXQ_TRY(1, 8, 2) FLEXQ_TRY(1, 8, 3) FLEXQ_TRY(1, 8, 4) FLEXQ_TRY(1, 8, 6)
-  FLEXQ_TRY(2, 4, 3) FLEXQ_TRY(2, 4, 4) FLEXQ_TRY(2, 4, 6) FLEXQ_TRY(2, 8, 2) FLEXQ_TRY(2, 8, 3) FLEXQ_TRY(2, 8, 4)
-  FLEXQ_TRY(4, 4, 2) FLEXQ_TRY(4, 4, 3) FLEXQ_TRY(4, 4, 4) FLEXQ_TRY(4, 8, 2) FLEXQ_TRY(4, 8, 3)
-  FLEXQ_TRY(8, 4, 2) FLEXQ_TRY(8, 4, 3) FLEXQ_TRY(8, 4, 4) FLEXQ_TRY(8, 8, 2)
+  if (token_tiles == T && config == #W "," #S) { if (!run<T, W, S>(p, stream)) throw std::runtime_error("too big"); return; }
+  FLEXQ_TRY(1,8,3) FLEXQ_TRY(1,8,4) FLEXQ_TRY(1,16,3) FLEXQ_TRY(1,16,2) FLEXQ_TRY(1,12,4) FLEXQ_TRY(1,12,3)
+  FLEXQ_TRY(2,8,3) FLEXQ_TRY(2,16,2) FLEXQ_TRY(2,12,3) FLEXQ_TRY(2,12,2) FLEXQ_TRY(2,8,4) FLEXQ_TRY(2,16,1)
+  FLEXQ_TRY(4,8,2) FLEXQ_TRY(4,8,3) FLEXQ_TRY(4,12,2) FLEXQ_TRY(4,16,1)
+  FLEXQ_TRY(8,8,2) FLEXQ_TRY(8,12,1) FLEXQ_TRY(8,8,1)
 #endif
+  bool done = false;
   switch (token_tiles) {
-    case 1: return run<1, 4, 4>(p, stream);
-    case 2: return run<2, 4, 4>(p, stream);
-    case 4: return run<4, 4, 3>(p, stream);
-    case 8: return run<8, 4, 2>(p, stream);
+    case 1: done = run<1, 16, 3>(p, stream) || run<1, 8, 2>(p, stream); break;
+    case 2: done = run<2, 8, 3>(p, stream) || run<2, 8, 2>(p, stream); break;
+    case 4: done = run<4, 8, 3>(p, stream) || run<4, 4, 2>(p, stream); break;
+    case 8: done = run<8, 8, 2>(p, stream) || run<8, 2, 2>(p, stream); break;
     default: throw std::invalid_argument("token_tiles is " + std::to_string(token_tiles) + "; accepted: 1, 2, 4, 8");
   }
+  if (!done) throw std::runtime_error("w6ax_imma: this card has too little shared memory");
 }
 
 }  // namespace flexq
