@@ -15,31 +15,34 @@ from torch import Tensor
 from flexq_core.quant.spec import GROUP_SIZE
 from flexq_core.runtime import build
 
-ORDERS = {"imma": 0, "bmma": 1}
-"""Backend → the order of bits that its kernel reads (`Order` in layout.cuh)."""
+ORDERS = {"imma": 0, "bmma": 1, "wgmma": 2}
+"""Backend → the order of bits that its kernel reads (`Order` in layout.cuh). Weights of `imma` and `wgmma` are the same."""
 
 CHUNK_ROWS, CHUNK_BYTES = 32, 32 * GROUP_SIZE * 6 // 8 + 32 * 2
 """Outputs of a chunk of repacked weights, and its bytes: codes of one group, then float16 scales."""
 
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_TOKEN_TILES = {"imma": (1, 2, 4, 8), "bmma": (1, 2)}  # of 8 tokens, that a block of a kernel can compute at once
+_TOKEN_TILES = {"imma": (1, 2, 4, 8), "bmma": (1, 2), "wgmma": (2, 4, 8, 16)}
+"""Of 8 tokens, that a block of a backend's kernel can compute at once."""
 
 
-def obstacle(device: torch.device, weight_bits: int, group_size: int) -> str | None:
-    """Why the kernels cannot take such a layer, or None. Nothing is compiled."""
+def obstacle(device: torch.device, weight_bits: int, group_size: int, backend: str = "imma") -> str | None:
+    """Why a backend's kernel cannot take such a layer, or None. Nothing is compiled."""
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
     if weight_bits != 6:
         return f"they read 6-bit weights, not {weight_bits}-bit ones"
     if group_size != GROUP_SIZE:
         return f"they take groups of {GROUP_SIZE}, not {group_size}"
+    if backend == "wgmma" and torch.cuda.get_device_capability(device)[0] != 9:
+        return f"wgmma is an instruction of Hopper cards; {torch.cuda.get_device_name(device)} is none"
     return build.cuda_kernels_obstacle(device)
 
 
 def repack(weight: Tensor, weight_scale: Tensor, backend: str) -> Tensor:
     """Canonical packed weights and their scales in the order that a backend's kernel reads.
 
-    weight: [N, G * 96] uint8 on a GPU.  weight_scale: [N, G] float16.  backend: `imma` or `bmma`.
+    weight: [N, G * 96] uint8 on a GPU.  weight_scale: [N, G] float16.  backend: one of ORDERS, or `auto`.
     Returns [ceil(N / 32), G, 3136] uint8: 6.125 bits a weight, as before, but for the padding of N.
     """
     outputs, groups = weight_scale.shape
@@ -48,7 +51,7 @@ def repack(weight: Tensor, weight_scale: Tensor, backend: str) -> Tensor:
     weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
     if chunks.numel():
         with torch.cuda.device(weight.device):
-            order, stream = ORDERS[backend], _stream(weight)
+            order, stream = ORDERS["bmma" if backend == "bmma" else "imma"], _stream(weight)
             kernels.repack(
                 weight.data_ptr(), weight_scale.data_ptr(), chunks.data_ptr(), outputs, groups, order, stream
             )
@@ -122,12 +125,27 @@ def linear(
 def w6ax_linear(
     x: Tensor, chunks: Tensor, weight_exponent: Tensor, bias: Tensor | None, activation_bits: int, backend: str
 ) -> Tensor:
-    """[M, K] times repacked weights → [M, N] in x's dtype, on operands that `ops` has checked."""
+    """[M, K] times repacked weights → [M, N] in x's dtype, on operands that `ops` has checked; `auto` is `backend_for`."""
     out = x.new_empty(x.shape[0], weight_exponent.shape[0])
     if out.numel():
+        if backend == "auto":
+            backend = backend_for(*x.shape, out.shape[1], x.device)
         records = quantize_activation(x, activation_bits, backend)
         linear(records, x.shape[0], chunks, weight_exponent, bias, activation_bits, backend, out)
     return out
+
+
+def backend_for(tokens: int, features: int, outputs: int, device: torch.device) -> str:
+    """The faster of the two kernels that read the same repacked weights, `imma` and `wgmma` (measured on an H200).
+
+    `wgmma` re-reads weights less often, but shares a small layer among blocks that have to wait for each other.
+    """
+    if torch.cuda.get_device_capability(device)[0] != 9 or tokens <= 32:
+        return "imma"
+    return "wgmma" if tokens > 64 or outputs * features >= _LARGE_LAYER else "imma"
+
+
+_LARGE_LAYER = 8192 * 8192
 
 
 def token_tiles(tokens: int, backend: str) -> int:

@@ -7,9 +7,10 @@ Every backend computes the same numbers up to the rounding of the outer float32 
     reference   torch, any device: the definition, group by group
     cpu         the compiled kernel in kernels/cpu
     imma        kernels/cuda/w6ax_imma.cu: weights unpacked to bytes in registers, INT8 tensor cores
+    wgmma       kernels/cuda/w6ax_wgmma.cu: the same on Hopper's wider instructions, for many tokens
     bmma        kernels/cuda/w6ax_bmma.cu: bit planes on binary tensor cores, the paper's method
     simulate    fake quantisation: dequantised operands in a floating-point matrix product, as papers measure accuracy
-    auto        the fastest of these that this machine has, never `simulate`
+    auto        the fastest of these that this machine has, never `simulate`; on a GPU imma or wgmma, by the shape
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def w6ax_linear_repacked(
     """`w6ax_linear` on a GPU, on weights that `cuda.repack` has put into the order of the backend's kernel.
 
     x: [..., K] float32, float16 or bfloat16.  chunks: [ceil(N / 32), ceil(K / 128), 3136] uint8.
-    weight_exponent: [N] int8.  bias: [N] or None.  activation_bits: 6 or 8.  backend: `imma` or `bmma`.
+    weight_exponent: [N] int8.  bias: [N] or None.  activation_bits: 6 or 8.  backend: `imma`, `wgmma` or
+    `bmma`, or `auto` for the faster of the first two, whose weights are the same.
     Returns [..., N] in x's dtype. Raises TypeError or ValueError for what does not fit.
     """
     run = _w6ax_linear_repacked if _direct(x) else torch.ops.flexq.w6ax_linear_repacked
@@ -135,6 +137,8 @@ def resolve_backend(
 ) -> str:
     """The backend that `backend` means for such a layer on this device: itself, or what `auto` chooses.
 
+    On a GPU `auto` stays `auto` where the kernels run: which of them depends on the shape.
+
     `auto` compiles the kernel where it can, and says once why where it cannot.
     Raises ValueError for an unknown backend, or one that cannot run there (says why, and which remain).
     """
@@ -143,14 +147,15 @@ def resolve_backend(
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; accepted: {', '.join(BACKENDS)}")
     device = torch.device(device)
-    compiled = ("imma", "bmma") if device.type == "cuda" else ("cpu",)  # fastest first
-    wanted = compiled[0] if backend == "auto" else backend
-    module, load = (cpu, build.cpu_kernel) if wanted == "cpu" else (cuda, lambda: build.cuda_kernels(device))
-    obstacle = module.obstacle(device, weight_bits, group_size)
+    wanted = {"cuda": "imma"}.get(device.type, "cpu") if backend == "auto" else backend
+    if wanted == "cpu":
+        load, obstacle = build.cpu_kernel, cpu.obstacle(device, weight_bits, group_size)
+    else:
+        load, obstacle = lambda: build.cuda_kernels(device), cuda.obstacle(device, weight_bits, group_size, wanted)
     if obstacle is None:
         try:
             load()
-            return wanted
+            return backend if device.type == "cuda" else wanted
         except build.BuildError as error:
             obstacle = str(error)
     if backend != "auto":
@@ -196,13 +201,15 @@ def _run_cuda(backend: str) -> Callable[..., Tensor]:
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "auto": _run_cuda("auto"),  # elsewhere `auto` has been resolved
     "reference": _run_reference,
     "cpu": _run_cpu,
     "imma": _run_cuda("imma"),
+    "wgmma": _run_cuda("wgmma"),
     "bmma": _run_cuda("bmma"),
     "simulate": _run_simulate,
 }
-BACKENDS = ("auto", *_BACKENDS)
+BACKENDS = tuple(_BACKENDS)
 
 
 def _require_fit(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size) -> None:
@@ -222,8 +229,8 @@ def _require_fit(x, weight, weight_scale, weight_exponent, bias, weight_bits, ac
 
 
 def _require_repacked(x, chunks, weight_exponent, bias, activation_bits, backend) -> None:
-    if backend not in cuda.ORDERS:
-        raise ValueError(f"backend is {backend!r}; accepted for repacked weights: {', '.join(cuda.ORDERS)}")
+    if backend not in ("auto", *cuda.ORDERS):
+        raise ValueError(f"backend is {backend!r}; accepted for repacked weights: auto, {', '.join(cuda.ORDERS)}")
     require_bits(activation_bits, accepted=ACTIVATION_BITS, what="activation bits")
     _require_floats(x)
     if x.device.type != "cuda":

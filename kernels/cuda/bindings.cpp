@@ -18,10 +18,11 @@ void bind_linear(Address weight, Address exponent, Address bias, int bias_type, 
                  int outputs, int groups, int token_tiles, int activation_bits, int order, Address stream) {
   const Linear linear{pointer<uint8_t>(weight), pointer<int8_t>(exponent), pointer(bias), pointer<uint8_t>(activations), pointer(y), tokens,
                       outputs,                  groups,                    Float(y_type), Float(bias_type)};
-  if (Order(order) == Order::bytes)
-    w6ax_imma(linear, token_tiles, pointer<CUstream_st>(stream));
-  else
-    w6ax_bmma(linear, token_tiles, activation_bits, pointer<CUstream_st>(stream));
+  switch (Order(order)) {
+    case Order::bytes: return w6ax_imma(linear, token_tiles, pointer<CUstream_st>(stream));
+    case Order::planes: return w6ax_bmma(linear, token_tiles, activation_bits, pointer<CUstream_st>(stream));
+    case Order::swizzled: return w6ax_wgmma(linear, token_tiles, pointer<CUstream_st>(stream));
+  }
 }
 
 }  // namespace

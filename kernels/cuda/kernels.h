@@ -15,6 +15,7 @@ void quantize_activation(const void* x, int x_type, void* activations, int token
                          int order, cudaStream_t stream);
 
 void w6ax_imma(const Linear& linear, int token_tiles, cudaStream_t stream);
+void w6ax_wgmma(const Linear& linear, int token_tiles, cudaStream_t stream);
 void w6ax_bmma(const Linear& linear, int token_tiles, int activation_bits, cudaStream_t stream);
 
 inline void check(cudaError_t status, const char* what) {
@@ -36,22 +37,26 @@ int blocks_at_once(const char* what, Kernel kernel, int threads, int shared_byte
   return blocks * multiprocessors;
 }
 
-// Launches a kernel that may start while the one before it on the stream still runs, where the card can (Hopper and later).
+// Launches a kernel that may start while the one before it on the stream still runs, where the card can (Hopper and later);
+// `cluster` neighbouring blocks share an address space.
 template <class Kernel, class... Arguments>
-void launch(const char* what, Kernel kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t stream, Arguments... arguments) {
+void launch(const char* what, Kernel kernel, dim3 grid, int threads, int shared_bytes, int cluster, cudaStream_t stream,
+            Arguments... arguments) {
   int device = 0, major = 0;
   check(cudaGetDevice(&device), what);
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), what);
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {unsigned(cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = major < 9 ? 0 : cluster == 1 ? 1 : 2;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
 }
 

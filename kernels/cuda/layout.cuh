@@ -33,14 +33,17 @@ enum class Float : int { f32 = 0, f16 = 1, bf16 = 2 };
 //     of row g + 8 (j & 1), k = 64 (i / 4) + 16 q + 4 (i % 4) .. for i = 2 s + j / 2. Their upper four bits are nibbles of word
 //     r / 2 (even r: the upper ones), the lower two are field r % 4 of word 8 + r / 4.
 //   planes (w6ax_bmma): offset binary (q + 32). Word 2 p + h holds bit p of row g + 8 h, k = 32 q .. 32 q + 31.
-enum class Order : int { bytes = 0, planes = 1 };
+//   swizzled (w6ax_wgmma): weights as for bytes; activations as the tensor cores read them from shared memory.
+enum class Order : int { bytes = 0, planes = 1, swizzled = 2 };
 
 // Bytes of a tile of 8 tokens x 1 group of activations.
 //   bytes: code k of token m lies at (k / 64) * 512 + m * 64 + k % 64, so that a lane's two vectors are its operands.
+//   swizzled: k-step s of the instruction multiplies byte 16 (i % 2) + 4 q + b of the weights' word i = 2 s + (0 or 1) of lane q, which
+//     is code k = 64 (i / 4) + 16 q + 4 (i % 4) + b: this code lies at 16 * (i ^ m) + 4 q + b of the token's 128 bytes.
 //   planes: `bits` planes, two's complement; word p * 32 + l of lane l is plane p of token l / 4, k = 32 (l % 4) ..; then 8
 //     sums of codes (int32), one a token, for the weights' offset.
 __host__ __device__ constexpr int activation_tile_bytes(Order order, int bits) {
-  return order == Order::bytes ? kTokenTile * kGroup : bits * 128 + 32;
+  return order == Order::planes ? bits * 128 + 32 : kTokenTile * kGroup;
 }
 
 __host__ __device__ constexpr int activation_record_bytes(Order order, int bits, int token_tiles) {
@@ -57,6 +60,15 @@ struct Linear {
   Float y_type, bias_type;
 };
 
+// The last step of output n: y = 2^exponent * sum + bias. A thread fetches what it needs of memory before its sums are
+// ready, for one output, and finishes many tokens with it.
+struct Finish {
+  float factor = 0.0f, bias = 0.0f;
+
+  __device__ __forceinline__ Finish(const Linear& p, int n);
+  __device__ __forceinline__ float operator()(float sum) const { return sum * factor + bias; }
+};
+
 __device__ __forceinline__ float load_float(const void* from, int64_t at, Float type) {
   if (type == Float::f32) return static_cast<const float*>(from)[at];
   if (type == Float::f16) return __half2float(static_cast<const __half*>(from)[at]);
@@ -70,6 +82,12 @@ __device__ __forceinline__ void store_float(void* to, int64_t at, Float type, fl
     static_cast<__half*>(to)[at] = __float2half_rn(value);
   else
     static_cast<__nv_bfloat16*>(to)[at] = __float2bfloat16_rn(value);
+}
+
+__device__ __forceinline__ Finish::Finish(const Linear& p, int n) {
+  if (n >= p.outputs) return;
+  factor = ldexpf(1.0f, p.exponent[n]);
+  if (p.bias) bias = load_float(p.bias, n, p.bias_type);
 }
 
 }  // namespace flexq

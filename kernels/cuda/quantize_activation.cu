@@ -42,9 +42,11 @@ __global__ void __launch_bounds__(kWarps * 32) quantize_activation_kernel(const 
   const int tile_bytes = activation_tile_bytes(order, kBits);
   uint8_t* record = records + (int64_t(token / (kTokenTile * token_tiles)) * groups + group) * activation_record_bytes(order, kBits, token_tiles);
   uint8_t* out = record + tile * tile_bytes;
-  if (order == Order::bytes) {
+  if (order != Order::planes) {
     const uint32_t word = (code[0] & 255) | (code[1] & 255) << 8 | (code[2] & 255) << 16 | uint32_t(code[3] & 255) << 24;
-    *reinterpret_cast<uint32_t*>(out + lane / 16 * 512 + m * 64 + lane % 16 * 4) = word;
+    const int unit = lane / 16 * 4 + lane % 4, q = lane % 16 / 4;  // word `unit` of lane q of the weights
+    const int at = order == Order::bytes ? lane / 16 * 512 + m * 64 + lane % 16 * 4 : m * kGroup + (unit ^ m) * 16 + q * 4;
+    *reinterpret_cast<uint32_t*>(out + at) = word;
   } else {
     // Eight lanes hold 32 codes: each contributes four bits of a word.
     for (int p = 0; p < kBits; ++p) {
@@ -65,7 +67,7 @@ void quantize_activation(const void* x, int x_type, void* activations, int token
                          int order, cudaStream_t stream) {
   const int block = kTokenTile * token_tiles;
   const dim3 grid((groups + kWarps - 1) / kWarps, (tokens + block - 1) / block * block);
-  launch("quantize_activation", bits == 8 ? quantize_activation_kernel<8> : quantize_activation_kernel<6>, grid, kWarps * 32, 0, stream, x,
+  launch("quantize_activation", bits == 8 ? quantize_activation_kernel<8> : quantize_activation_kernel<6>, grid, kWarps * 32, 0, 1, stream, x,
          Float(x_type), static_cast<uint8_t*>(activations), tokens, features, groups, token_tiles, Order(order));
 }
 

@@ -124,18 +124,20 @@ struct Ring {
 #endif
 };
 
-// Adds what the block's warps have summed, in the order of the warps, and stores y = 2^(exponent + shift) * sum + bias: sixteen
-// outputs at a time, through `shared`.
-//   sums[half][t][i]: row 16 half + g + 8 (i / 2), token 8 t + 2 q + i % 2
+// Adds what the block's warps have summed, in the order of the warps, and stores y: sixteen outputs at a time, through `shared`.
+//   sums[half][t][i]: row 16 half + g + 8 (i / 2), token 8 t + 2 q + i % 2, in units of `unit`
 template <int kWarps, int kTokenTiles>
 struct Reduction {
   static constexpr int kTokens = kTokenTiles * kTokenTile, kRows = 16;
   static constexpr int kStride = kRows + 4;  // 8 q + g are 32 different banks
   static constexpr int kSharedBytes = kWarps * kTokens * kStride * 4;
+  static_assert(kWarps * 32 % kRows == 0, "a thread finishes one output");
 
   static __device__ __forceinline__ void store(const Linear& p, float* shared, const float (&sums)[2][kTokenTiles][4], int output_tile,
-                                               int token_tile, int shift) {
+                                               int token_tile, float unit) {
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    const int row = threadIdx.x % kRows, n = output_tile * kChunkRows + row;
+    const Finish finish[2] = {{p, n}, {p, n + kRows}};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -143,15 +145,14 @@ struct Reduction {
 #pragma unroll
         for (int i = 0; i < 4; ++i) shared[(warp * kTokens + t * kTokenTile + 2 * q + i % 2) * kStride + g + i / 2 * 8] = sums[half][t][i];
       __syncthreads();
-      for (int e = threadIdx.x; e < kTokens * kRows; e += kWarps * 32) {
-        const int token = token_tile * kTokens + e / kRows, n = (output_tile * 2 + half) * kRows + e % kRows;
-        if (token >= p.tokens || n >= p.outputs) continue;
+#pragma unroll
+      for (int m = threadIdx.x / kRows; m < kTokens; m += kWarps * 32 / kRows) {
+        const int token = token_tile * kTokens + m;
+        if (token >= p.tokens || n + half * kRows >= p.outputs) continue;
         float sum = 0.0f;
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) sum += shared[(w * kTokens + e / kRows) * kStride + e % kRows];
-        float y = ldexpf(sum, p.exponent[n] + shift);
-        if (p.bias) y += load_float(p.bias, n, p.bias_type);
-        store_float(p.y, int64_t(token) * p.outputs + n, p.y_type, y);
+        for (int w = 0; w < kWarps; ++w) sum += shared[(w * kTokens + m) * kStride + row];
+        store_float(p.y, int64_t(token) * p.outputs + n + half * kRows, p.y_type, finish[half](sum * unit));
       }
       __syncthreads();
     }

@@ -5,6 +5,9 @@
 // Pairs of equal i + j share an accumulator, and from one such diagonal to the next the accumulator doubles (Horner): one shift a diagonal
 // is all that recombination costs. Only x's sign plane is negative: its pairs have a second accumulator. The weights' offset is undone
 // with the sum of the activations' codes: sum q x = sum u x - 32 sum x.
+//
+// One token alone would leave seven of the instruction's eight columns empty: then the columns are its bit planes, and six products
+// (one a plane of the weights) take the place of 36 or 48.
 #include "kernels.h"
 #include "ring.cuh"
 
@@ -21,7 +24,26 @@ struct Shape {
   static constexpr int kSharedBytes = TheRing::kSharedBytes + TheReduction::kSharedBytes;
 };
 
-template <int kBits, int kTokenTiles, int kWarps, int kStages>
+// sum u x of rows g and g + 8 of a half chunk with one token: two columns of planes a lane, weighted, then added across the four lanes.
+template <int kBits>
+__device__ __forceinline__ void multiply_one(const uint32_t (&words)[12], uint32_t plane, int q, int32_t (&rows)[2]) {
+  int32_t c[4] = {};
+#pragma unroll
+  for (int i = kPlanes - 1; i >= 0; --i) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) c[e] <<= 1;
+    mma_b1(c, words[2 * i], words[2 * i + 1], plane);
+  }
+  const auto weighted = [&](int j, int32_t sum) { return j == kBits - 1 ? -(sum << j) : sum << j; };  // columns past the planes are zero
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    rows[h] = weighted(2 * q, c[2 * h]) + weighted(2 * q + 1, c[2 * h + 1]);
+    rows[h] += __shfl_xor_sync(0xffffffffu, rows[h], 1);
+    rows[h] += __shfl_xor_sync(0xffffffffu, rows[h], 2);
+  }
+}
+
+template <int kBits, int kTokenTiles, int kWarps, int kStages, bool kOne>
 __global__ void __launch_bounds__(kWarps * 32) w6ax_bmma_kernel(const __grid_constant__ Linear p) {
   using Parts = Shape<kBits, kTokenTiles, kWarps, kStages>;
   constexpr int kTileBytes = activation_tile_bytes(Order::planes, kBits);
@@ -48,6 +70,22 @@ __global__ void __launch_bounds__(kWarps * 32) w6ax_bmma_kernel(const __grid_con
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
         const uint8_t* codes = record + t * kTileBytes;
+        const float2 s = *reinterpret_cast<const float2*>(sx + t * kTokenTile);
+        if constexpr (kOne) {
+          const uint32_t plane = g < kBits ? *reinterpret_cast<const uint32_t*>(codes + g * 128 + q * 4) : 0;
+          const int32_t x_sum = *reinterpret_cast<const int32_t*>(codes + kBits * 128);
+          const float sx_of_token = *reinterpret_cast<const float*>(record + kTileBytes);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            int32_t rows[2];
+            multiply_one<kBits>(words[half], plane, q, rows);
+            const uint32_t two = half == 0 ? four_scales.x : four_scales.y;
+            const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(&two));
+            sums[half][0][0] = fmaf(float(rows[0] - 32 * x_sum), sw.x * sx_of_token, sums[half][0][0]);
+            sums[half][0][2] = fmaf(float(rows[1] - 32 * x_sum), sw.y * sx_of_token, sums[half][0][2]);
+          }
+          continue;
+        }
         uint32_t planes[kBits];
 #pragma unroll
         for (int j = 0; j < kBits; ++j) planes[j] = *reinterpret_cast<const uint32_t*>(codes + j * 128 + lane * 4);
@@ -72,7 +110,6 @@ __global__ void __launch_bounds__(kWarps * 32) w6ax_bmma_kernel(const __grid_con
               mma_b1(j == kBits - 1 ? minus[half] : plus[half], words[half][2 * i], words[half][2 * i + 1], planes[j]);
           }
         }
-        const float2 s = *reinterpret_cast<const float2*>(sx + t * kTokenTile);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const uint32_t two = half == 0 ? four_scales.x : four_scales.y;
@@ -87,36 +124,29 @@ __global__ void __launch_bounds__(kWarps * 32) w6ax_bmma_kernel(const __grid_con
       ring.release();
     }
     auto* buffer = reinterpret_cast<float*>(shared + Parts::TheRing::kSharedBytes);
-    Parts::TheReduction::store(p, buffer, sums, tile / tiles.tokens, tile % tiles.tokens, 0);
+    Parts::TheReduction::store(p, buffer, sums, tile / tiles.tokens, tile % tiles.tokens, 1.0f);
   }
 }
 
 // Returns whether the card has the shared memory for this shape.
-template <int kBits, int kTokenTiles, int kWarps, int kStages>
+template <int kBits, int kTokenTiles, int kWarps, int kStages, bool kOne = false>
 bool run(const Linear& p, cudaStream_t stream) {
   using Parts = Shape<kBits, kTokenTiles, kWarps, kStages>;
-  const auto kernel = w6ax_bmma_kernel<kBits, kTokenTiles, kWarps, kStages>;
-  const int most = blocks_at_once("w6ax_bmma", kernel, kWarps * 32, Parts::kSharedBytes);
-  if (most == 0) return false;
+  const auto kernel = w6ax_bmma_kernel<kBits, kTokenTiles, kWarps, kStages, kOne>;
+  if (blocks_at_once("w6ax_bmma", kernel, kWarps * 32, Parts::kSharedBytes) == 0) return false;
+  // A block a tile: here the arithmetic counts too, and as many blocks as fit would share the tiles unevenly.
   const int tiles = Tiles(p, kTokenTiles * kTokenTile).count();
-  launch("w6ax_bmma", kernel, dim3(tiles < most ? tiles : most), kWarps * 32, Parts::kSharedBytes, stream, p);
+  launch("w6ax_bmma", kernel, dim3(tiles), kWarps * 32, Parts::kSharedBytes, 1, stream, p);
   return true;
 }
 
 template <int kBits>
 bool run(const Linear& p, int token_tiles, cudaStream_t stream) {
-#ifdef FLEXQ_SWEEP
-  const char* text = getenv("FLEXQ_CONFIG");
-  const std::string config = text ? text : "";
-#define FLEXQ_TRY(T, W, S) \
-  if (token_tiles == T && config == #W "," #S) return run<kBits, T, W, S>(p, stream);
-  FLEXQ_TRY(1, 8, 3) FLEXQ_TRY(1, 8, 4) FLEXQ_TRY(1, 12, 2) FLEXQ_TRY(1, 12, 3) FLEXQ_TRY(1, 16, 2) FLEXQ_TRY(1, 16, 3)
-#endif
-  switch (token_tiles) {
-    case 1: return run<kBits, 1, 12, 3>(p, stream) || run<kBits, 1, 8, 2>(p, stream);
-    case 2: return run<kBits, 2, 8, 3>(p, stream) || run<kBits, 2, 4, 2>(p, stream);
-    default: throw std::invalid_argument("token_tiles is " + std::to_string(token_tiles) + "; accepted: 1, 2");
-  }
+  if (token_tiles != 1 && token_tiles != 2)
+    throw std::invalid_argument("token_tiles is " + std::to_string(token_tiles) + "; accepted: 1, 2");
+  if (token_tiles == 2) return run<kBits, 2, 8, 2>(p, stream) || run<kBits, 2, 4, 2>(p, stream);
+  if (p.tokens == 1) return run<kBits, 1, 8, 3, true>(p, stream) || run<kBits, 1, 8, 2, true>(p, stream);
+  return run<kBits, 1, 12, 2>(p, stream) || run<kBits, 1, 8, 2>(p, stream);
 }
 
 }  // namespace

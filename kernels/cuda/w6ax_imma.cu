@@ -3,27 +3,12 @@
 // A block computes 32 outputs for up to 64 tokens; its warps share the groups, and each streams its own chunks (ring.cuh). Bytes of
 // weights set the time: at 4.26 TB/s an SM of an H200 gets 24 codes a clock. A code costs 0.8 integer instructions (of 64 a clock and
 // SM), so that the tensor cores and the ALUs wait for memory and not the reverse.
+#include "expand.cuh"
 #include "kernels.h"
 #include "ring.cuh"
 
 namespace flexq {
 namespace {
-
-// Four bytes 4 q from the words of a lane's half chunk: the upper four bits from a nibble, the next two from a field of two bits, and
-// zeros. Four times the code is a signed byte as it stands, with neither an offset to undo nor a sign to extend.
-__device__ __forceinline__ void expand(const uint32_t (&words)[12], int s, uint32_t (&a)[4]) {
-  constexpr uint32_t kUpper = 0xf0f0f0f0u, kLower = 0x0c0c0c0cu;
-  const uint32_t n0 = words[2 * s], n1 = words[2 * s + 1], t = words[8 + s];
-  a[0] = (n0 & kUpper) | ((t << 2) & kLower);
-  a[1] = ((n0 << 4) & kUpper) | (t & kLower);
-  a[2] = (n1 & kUpper) | ((t >> 2) & kLower);
-  a[3] = ((n1 << 4) & kUpper) | ((t >> 4) & kLower);
-}
-
-// An integer below 2^22 added to these bits is the mantissa of 1.5 * 2^23 + itself: a subtraction converts it, exactly and at the full
-// rate, which a conversion does not have.
-constexpr int32_t kMagicBits = 0x4b400000;
-constexpr float kMagic = 12582912.0f;
 
 template <int kTokenTiles, int kWarps, int kStages>
 struct Shape {
@@ -34,7 +19,7 @@ struct Shape {
 };
 
 template <int kTokenTiles, int kWarps, int kStages>
-__global__ void __launch_bounds__(kWarps * 32) w6ax_imma_kernel(const __grid_constant__ Linear p) {
+__global__ void __launch_bounds__(kWarps * 32, 1) w6ax_imma_kernel(const __grid_constant__ Linear p) {
   using Parts = Shape<kTokenTiles, kWarps, kStages>;
   extern __shared__ __align__(128) uint8_t shared[];
   allow_next_kernel();
@@ -82,18 +67,17 @@ __global__ void __launch_bounds__(kWarps * 32) w6ax_imma_kernel(const __grid_con
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float2 w = __half22float2(sw[half]);
+          const float2 start = make_float2(-kMagic * w.x, -kMagic * w.y);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float scale = (i < 2 ? w.x : w.y) * (i % 2 ? s.y : s.x);
-            sums[half][t][i] = fmaf(__int_as_float(inner[half][i]) - kMagic, scale, sums[half][t][i]);
-          }
+          for (int i = 0; i < 4; ++i)
+            sums[half][t][i] =
+                fmaf(scaled(inner[half][i], i < 2 ? w.x : w.y, i < 2 ? start.x : start.y), i % 2 ? s.y : s.x, sums[half][t][i]);
         }
       }
       ring.release();
     }
-    constexpr int kFour = 2;  // codes were multiplied by 2^2
-    auto* buffer = reinterpret_cast<float*>(shared + Parts::TheRing::kSharedBytes);
-    Parts::TheReduction::store(p, buffer, sums, tile / tiles.tokens, tile % tiles.tokens, -kFour);
+      auto* buffer = reinterpret_cast<float*>(shared + Parts::TheRing::kSharedBytes);
+    Parts::TheReduction::store(p, buffer, sums, tile / tiles.tokens, tile % tiles.tokens, kExpandedUnit);
   }
 }
 
@@ -105,27 +89,17 @@ bool run(const Linear& p, cudaStream_t stream) {
   const int most = blocks_at_once("w6ax_imma", kernel, kWarps * 32, Parts::kSharedBytes);
   if (most == 0) return false;
   const int tiles = Tiles(p, kTokenTiles * kTokenTile).count();
-  launch("w6ax_imma", kernel, dim3(tiles < most ? tiles : most), kWarps * 32, Parts::kSharedBytes, stream, p);
+  launch("w6ax_imma", kernel, dim3(tiles < most ? tiles : most), kWarps * 32, Parts::kSharedBytes, 1, stream, p);
   return true;
 }
 
 }  // namespace
 
 void w6ax_imma(const Linear& p, int token_tiles, cudaStream_t stream) {
-#ifdef FLEXQ_SWEEP
-  const char* text = getenv("FLEXQ_CONFIG");
-  const std::string config = text ? text : "";
-#define FLEXQ_TRY(T, W, S) \
-  if (token_tiles == T && config == #W "," #S) { if (!run<T, W, S>(p, stream)) throw std::runtime_error("too big"); return; }
-  FLEXQ_TRY(1,8,3) FLEXQ_TRY(1,8,4) FLEXQ_TRY(1,16,3) FLEXQ_TRY(1,16,2) FLEXQ_TRY(1,12,4) FLEXQ_TRY(1,12,3)
-  FLEXQ_TRY(2,8,3) FLEXQ_TRY(2,16,2) FLEXQ_TRY(2,12,3) FLEXQ_TRY(2,12,2) FLEXQ_TRY(2,8,4) FLEXQ_TRY(2,16,1)
-  FLEXQ_TRY(4,8,2) FLEXQ_TRY(4,8,3) FLEXQ_TRY(4,12,2) FLEXQ_TRY(4,16,1)
-  FLEXQ_TRY(8,8,2) FLEXQ_TRY(8,12,1) FLEXQ_TRY(8,8,1)
-#endif
   bool done = false;
   switch (token_tiles) {
-    case 1: done = run<1, 16, 3>(p, stream) || run<1, 8, 2>(p, stream); break;
-    case 2: done = run<2, 8, 3>(p, stream) || run<2, 8, 2>(p, stream); break;
+    case 1: done = run<1, 12, 3>(p, stream) || run<1, 8, 2>(p, stream); break;
+    case 2: done = run<2, 8, 4>(p, stream) || run<2, 8, 2>(p, stream); break;
     case 4: done = run<4, 8, 3>(p, stream) || run<4, 4, 2>(p, stream); break;
     case 8: done = run<8, 8, 2>(p, stream) || run<8, 2, 2>(p, stream); break;
     default: throw std::invalid_argument("token_tiles is " + std::to_string(token_tiles) + "; accepted: 1, 2, 4, 8");

@@ -12,7 +12,7 @@ from flexq_core.runtime.linear import FlexQLinear
 from tests import reference
 
 gpu = pytest.mark.gpu
-BACKENDS = ["imma", "bmma"]
+BACKENDS = ["imma", "bmma", "wgmma"]
 both = pytest.mark.parametrize("backend", BACKENDS)
 bits_6_8 = pytest.mark.parametrize("activation_bits", [6, 8])
 
@@ -275,9 +275,19 @@ def test_the_layer_agrees_with_the_reference_and_with_the_canonical_op(backend, 
 
 
 @gpu
-def test_auto_takes_the_fastest_and_moving_a_layer_repacks_it():
+@pytest.mark.parametrize("tokens", [1, 32, 33, 64, 65, 300])
+def test_auto_equals_the_kernels_it_chooses_from(tokens):
+    layer = FlexQLinear.from_linear(torch.nn.Linear(512, 96)).cuda()
+    x = torch.randn(tokens, 512, device="cuda")
+    y = layer(x)
+    layer.backend = cuda.backend_for(tokens, 512, 96, x.device)
+    assert torch.equal(layer(x), y)
+
+
+@gpu
+def test_moving_or_loading_a_layer_repacks_it():
     layer = FlexQLinear.from_linear(torch.nn.Linear(256, 96)).cuda()
-    assert layer.prepare()[0] == "imma"
+    assert layer.prepare()[0] == "auto"
     x = torch.randn(3, 256, device="cuda")
     y = layer(x)
     other = FlexQLinear.from_linear(torch.nn.Linear(256, 96)).cuda()
@@ -312,7 +322,7 @@ def test_what_does_not_fit_is_refused_before_a_launch():
         call(x=x.cpu())
     with pytest.raises(ValueError, match="activation bits"):
         call(bits=7)
-    with pytest.raises(ValueError, match="backend is 'cpu'; accepted for repacked weights: imma, bmma"):
+    with pytest.raises(ValueError, match="backend is 'cpu'; accepted for repacked weights: auto, imma, bmma, wgmma"):
         call(backend="cpu")
     with pytest.raises(ValueError, match="not contiguous"):
         call(chunks=chunks.transpose(0, 1).contiguous().transpose(0, 1))

@@ -216,7 +216,11 @@ def broken(**changes):
         ({"bias": torch.zeros(8).int()}, TypeError, "bias is torch.int32"),
         ({"weight_bits": 4}, ValueError, "weight bits is 4; accepted: 6, 8"),
         ({"activation_bits": 4}, ValueError, "activation bits is 4; accepted: 6, 8"),
-        ({"backend": "cuda"}, ValueError, "backend is 'cuda'; accepted: auto, reference, cpu, imma, bmma, simulate"),
+        (
+            {"backend": "cuda"},
+            ValueError,
+            "backend is 'cuda'; accepted: auto, reference, cpu, imma, wgmma, bmma, simulate",
+        ),
         ({"weight": torch.zeros(8, 192, dtype=torch.uint8, device="meta")}, ValueError, "weight is on meta"),
     ],
 )

@@ -185,7 +185,7 @@ def test_each_claim_can_fail(greedy, plan, correlation, failing):
         ({"budget": float("nan")}, ValueError, "budget is nan; accepted: 0"),
         ({"score": "measurd"}, ValueError, "did you mean 'measured'"),
         ({"score": "measured,predicted"}, ValueError, "accepted: one of measured, predicted"),
-        ({"backend": "cup"}, ValueError, "accepted: auto, reference, cpu, imma, bmma, simulate"),
+        ({"backend": "cup"}, ValueError, "accepted: auto, reference, cpu, imma, wgmma, bmma, simulate"),
         ({"calibration_windows": 0}, ValueError, "calibration_windows is 0; accepted: 1 or more"),
         ({"windows": -1}, ValueError, "windows is -1; accepted: 0 or more"),
         ({"window_length": -1}, ValueError, "window_length is -1; accepted: 0 or more"),
