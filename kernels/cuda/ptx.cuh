@@ -31,6 +31,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// A barrier among the first kThreads threads of a block, where the others have left.
+template <int kThreads>
+__device__ __forceinline__ void threads_meet() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
 // Lets the next kernel of the stream start its prologue while this one runs (programmatic dependent launch).
 __device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900

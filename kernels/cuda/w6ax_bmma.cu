@@ -84,40 +84,40 @@ __global__ void __launch_bounds__(kWarps * 32) w6ax_bmma_kernel(const __grid_con
             sums[half][0][0] = fmaf(float(rows[0] - 32 * x_sum), sw.x * sx_of_token, sums[half][0][0]);
             sums[half][0][2] = fmaf(float(rows[1] - 32 * x_sum), sw.y * sx_of_token, sums[half][0][2]);
           }
-          continue;
-        }
-        uint32_t planes[kBits];
+        } else {
+          uint32_t planes[kBits];
 #pragma unroll
-        for (int j = 0; j < kBits; ++j) planes[j] = *reinterpret_cast<const uint32_t*>(codes + j * 128 + lane * 4);
-        const int2 x_sum = *reinterpret_cast<const int2*>(codes + kBits * 128 + q * 8);
-        int32_t plus[2][4] = {}, minus[2][4] = {};  // two halves: two independent chains
+          for (int j = 0; j < kBits; ++j) planes[j] = *reinterpret_cast<const uint32_t*>(codes + j * 128 + lane * 4);
+          const int2 x_sum = *reinterpret_cast<const int2*>(codes + kBits * 128 + q * 8);
+          int32_t plus[2][4] = {}, minus[2][4] = {};  // two halves: two independent chains
 #pragma unroll
-        for (int diagonal = kPlanes + kBits - 2; diagonal >= 0; --diagonal) {
+          for (int diagonal = kPlanes + kBits - 2; diagonal >= 0; --diagonal) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+              for (int i = 0; i < 4; ++i) plus[half][i] <<= 1;
+              if (diagonal >= kBits - 1)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) minus[half][i] <<= 1;
+            }
+#pragma unroll
+            for (int i = 0; i < kPlanes; ++i) {
+              const int j = diagonal - i;
+              if (j < 0 || j >= kBits) continue;
+#pragma unroll
+              for (int half = 0; half < 2; ++half)
+                mma_b1(j == kBits - 1 ? minus[half] : plus[half], words[half][2 * i], words[half][2 * i + 1], planes[j]);
+            }
+          }
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
+            const uint32_t two = half == 0 ? four_scales.x : four_scales.y;
+            const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(&two));
 #pragma unroll
-            for (int i = 0; i < 4; ++i) plus[half][i] <<= 1;
-            if (diagonal >= kBits - 1)
-#pragma unroll
-              for (int i = 0; i < 4; ++i) minus[half][i] <<= 1;
-          }
-#pragma unroll
-          for (int i = 0; i < kPlanes; ++i) {
-            const int j = diagonal - i;
-            if (j < 0 || j >= kBits) continue;
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-              mma_b1(j == kBits - 1 ? minus[half] : plus[half], words[half][2 * i], words[half][2 * i + 1], planes[j]);
-          }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t two = half == 0 ? four_scales.x : four_scales.y;
-          const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(&two));
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int32_t inner = plus[half][i] - (minus[half][i] << (kBits - 1)) - 32 * (i % 2 ? x_sum.y : x_sum.x);
-            sums[half][t][i] = fmaf(float(inner), (i < 2 ? sw.x : sw.y) * (i % 2 ? s.y : s.x), sums[half][t][i]);
+            for (int i = 0; i < 4; ++i) {
+              const int32_t inner = plus[half][i] - (minus[half][i] << (kBits - 1)) - 32 * (i % 2 ? x_sum.y : x_sum.x);
+              sums[half][t][i] = fmaf(float(inner), (i < 2 ? sw.x : sw.y) * (i % 2 ? s.y : s.x), sums[half][t][i]);
+            }
           }
         }
       }

@@ -38,8 +38,6 @@ struct Shape {
   static_assert(kTokens * kSumStride * 4 <= kStages * kStageBytes, "the sums fit where the stages were");
 };
 
-__device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
-
 template <int kTokens, int kBlocks, int kStages>
 __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kStages>::kThreads, Shape<kTokens, kBlocks, kStages>::kBlocksAtOnce)
     w6ax_wgmma_kernel(const __grid_constant__ Linear p, int token_tiles, int split) {
@@ -156,7 +154,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kStages>::kThreads, Sh
 
     // Sums go through shared memory, [token][output], so that neighbouring threads store neighbouring outputs.
     const auto cluster = cooperative_groups::this_cluster();
-    consumers_meet();
+    threads_meet<kConsumers>();
     auto* buffer = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
@@ -166,7 +164,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kStages>::kThreads, Sh
         buffer[token * Parts::kSumStride + row] = sums[b][e];
       }
     if (split == 1)
-      consumers_meet();
+      threads_meet<kConsumers>();
     else
       cluster.sync();  // threads that have left do not count
     const int row = threadIdx.x % Parts::kRows;
