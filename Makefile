@@ -1,6 +1,6 @@
 # `make help` lists what there is. Every target makes .venv first where there is none; PYTHON=... chooses with which.
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduce test lab lint format lock reference readme clean env
+.PHONY: help demo reproduce test test-gpu lab lint format lock reference readme clean env
 SHELL := /bin/sh
 BIN := .venv/bin
 
@@ -15,6 +15,10 @@ reproduce: env  ## run every notebook on any model: make reproduce MODEL=llama-2
 
 test: env  ## run the tests
 	@$(BIN)/python -m pytest -q
+
+test-gpu: env  ## run the tests that want an NVIDIA GPU, on it
+	@$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('no CUDA GPU, or a torch without CUDA (env/README.md)')"
+	@$(BIN)/python -m pytest -q -m gpu
 
 lab: env  ## open the notebooks in JupyterLab
 	@$(BIN)/python -m jupyterlab notebooks
