@@ -5,7 +5,7 @@ SHELL := /bin/sh
 BIN := .venv/bin
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: env  ## run the notebooks on the demo models and build outputs/report.html
 	@$(BIN)/python -m flexq_core.workbook demo </dev/null

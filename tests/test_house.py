@@ -220,12 +220,12 @@ def test_the_demo_can_run(study, parameters):
 
 def test_every_make_target_that_is_mentioned_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     assert targets == set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split())
     mentioned = set()
     for document in DOCUMENTS:
         for line in re.findall(
-            r"(?:`|^ *|\S=\S+ )make ((?:[a-z]+ ?)+)", document.read_text(encoding="utf-8"), re.MULTILINE
+            r"(?:`|^ *|\S=\S+ )make ((?:[a-z-]+ ?)+)", document.read_text(encoding="utf-8"), re.MULTILINE
         ):
             mentioned |= set(line.split()) if document.suffix != ".md" else {line.split()[0]}
     assert {"demo", "test"} <= mentioned <= targets
