@@ -113,6 +113,9 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    from flexq_core.sources.shared_context import ARCHITECTURES, SharedContextLM
+
+    harness_model = SharedContextLM if model.config.model_type in ARCHITECTURES else HFLM
     with tempfile.TemporaryDirectory(prefix="flexq-tasks-") as folder:
         for name in names:
             if name == CONTINUATION:
@@ -122,7 +125,7 @@ def evaluate_tasks(
         manager = TaskManager(verbosity="ERROR", include_path=folder, include_defaults=False)
         try:
             results = simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                model=harness_model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=names,
                 num_fewshot=0,
                 limit=limit or None,
