@@ -35,22 +35,23 @@ class SharedContextLM(HFLM):
         for context, members in groups.items():
             # The harness cuts what is too long from the left, by each ending's length: then nothing is shared.
             longest = len(context) + max(len(requests[index][2]) for index in members)
-            fits = longest <= self.max_length + 1
-            (shared if fits else alone).append(members)
-        scores: dict[int, tuple[float, bool]] = {}
+            if longest <= self.max_length + 1:
+                shared.append(members)
+            else:
+                alone.extend(members)
         shared.sort(key=lambda members: len(requests[members[0]][1]))
+        found = super()._loglikelihood_tokens([requests[index] for index in alone], disable_tqdm, override_bs)
+        scores = dict(zip(alone, found, strict=True))
         for start in range(0, len(shared), self.batch_size):
             rows = shared[start : start + self.batch_size]
             found = self._score([(requests[row[0]][1], [requests[index][2] for index in row]) for row in rows])
-            scores.update(zip(sum(rows, []), found, strict=True))
-        rest = sum(alone, [])
-        found = super()._loglikelihood_tokens([requests[index] for index in rest], disable_tqdm, override_bs)
-        scores.update(zip(rest, found, strict=True))
+            for members, of_row in zip(rows, found, strict=True):
+                scores.update(zip(members, of_row, strict=True))
         return [scores[index] for index in range(len(requests))]
 
     @torch.no_grad()
-    def _score(self, rows: list[tuple[list[int], list[list[int]]]]) -> list[tuple[float, bool]]:
-        """Rows of (context ids, its endings' ids), one forward pass; the endings' scores in their order."""
+    def _score(self, rows: list[tuple[list[int], list[list[int]]]]) -> list[list[tuple[float, bool]]]:
+        """Rows of (context ids, its endings' ids), in one forward pass → the scores of each row's endings."""
         # An ending's last token is read by none.
         tokens = [context + [token for ending in endings for token in ending[:-1]] for context, endings in rows]
         length, shortest = max(map(len, tokens)), min(len(context) for context, _ in rows)
@@ -69,16 +70,21 @@ class SharedContextLM(HFLM):
             use_cache=False,
             logits_to_keep=length - shortest + 1,
         ).logits
-        scores = []
-        for row, (context, endings) in enumerate(rows):
-            first = last = len(context) - shortest  # the context's last token predicts every ending's first
-            for ending in endings:
-                wanted = torch.tensor(ending, device=logits.device)
-                places = [first, *range(last + 1, last + len(ending))]
-                last = places[-1] if len(ending) > 1 else last
-                likely = logits[row, places].log_softmax(-1, dtype=self.softmax_dtype)
-                value = likely.gather(1, wanted[:, None]).sum()
-                scores.append((value.item(), bool((likely.argmax(-1) == wanted).all())))
+        return [
+            self._row_scores(of_row[len(context) - shortest :], endings)
+            for of_row, (context, endings) in zip(logits, rows, strict=True)
+        ]
+
+    def _row_scores(self, logits: Tensor, endings: list[list[int]]) -> list[tuple[float, bool]]:
+        """logits: [T, V] from the context's last token on, which predicts the first token of every ending."""
+        scores, used = [], 1
+        for ending in endings:
+            places = [0, *range(used, used + len(ending) - 1)]
+            used += len(ending) - 1
+            likely = logits[places].log_softmax(-1, dtype=self.softmax_dtype)
+            wanted = torch.tensor(ending, device=logits.device)
+            score = likely.gather(1, wanted[:, None]).sum()
+            scores.append((score.item(), bool((likely.argmax(-1) == wanted).all())))
         return scores
 
 

@@ -123,7 +123,9 @@ def _this_python_as_kernel():
         # Errors only: it warns that its local socket is not encrypted, and means nothing to a reader.
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
         (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "FlexQ", "language": "python"}))
-        before = {name: os.environ.get(name) for name in ("JUPYTER_PATH", "PYTHONPATH", "FLEXQ_HEADLESS", *_TORCH_ON_CPU)}
+        before = {
+            name: os.environ.get(name) for name in ("JUPYTER_PATH", "PYTHONPATH", "FLEXQ_HEADLESS", *_TORCH_ON_CPU)
+        }
         for name, entry in (("JUPYTER_PATH", folder), ("PYTHONPATH", str(paths.ROOT))):
             os.environ[name] = os.pathsep.join(filter(None, (entry, before[name])))
         os.environ["FLEXQ_HEADLESS"] = "1"
