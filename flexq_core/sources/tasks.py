@@ -41,9 +41,9 @@ dataset_kwargs:
     validation: {questions}
 output_type: multiple_choice
 validation_split: validation
-doc_to_text: "{{{{context}}}}"
-doc_to_choice: "{{{{endings}}}}"
-doc_to_target: "{{{{label}}}}"
+doc_to_text: context
+doc_to_choice: endings
+doc_to_target: label
 target_delimiter: ""
 metric_list:
   - metric: acc
