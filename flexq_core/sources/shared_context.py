@@ -6,13 +6,14 @@ All endings of a context stand in one row, each blind to the others:
     positions   0 .. c-1 | c ..     | c ..     | ...
     sees        context | context, itself | context, itself | ...
 
-The scores are the harness's own up to the rounding of floating-point sums. Imports lm-eval, which takes seconds.
+The scores are the harness's own up to the rounding of floating-point sums.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 ARCHITECTURES = frozenset({"llama", "mistral", "opt", "qwen2"})
@@ -21,8 +22,16 @@ ARCHITECTURES = frozenset({"llama", "mistral", "opt", "qwen2"})
 Request = tuple[tuple[str, str], list[int], list[int]]
 
 
-class SharedContextLM(HFLM):
-    """HFLM for `ARCHITECTURES`; only how log-likelihoods are computed differs."""
+def harness_model(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
+    """lm-eval's model around a transformers model, sharing contexts where the architecture allows it."""
+    from lm_eval.models.huggingface import HFLM
+
+    kinds = (SharedContexts, HFLM) if model.config.model_type in ARCHITECTURES else (HFLM,)
+    return type("HarnessModel", kinds, {})(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+class SharedContexts:
+    """Stands before lm-eval's HFLM among a class's bases; only how log-likelihoods are computed differs."""
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flexq_core.sources import demo, local
+from flexq_core.sources.shared_context import harness_model
 
 _STOCK = {
     "piqa": "piqa/piqa.yaml",
@@ -110,12 +111,8 @@ def evaluate_tasks(
     require_tasks(names)
     from datasets.exceptions import DatasetGenerationError
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from flexq_core.sources.shared_context import ARCHITECTURES, SharedContextLM
-
-    harness_model = SharedContextLM if model.config.model_type in ARCHITECTURES else HFLM
     with tempfile.TemporaryDirectory(prefix="flexq-tasks-") as folder:
         for name in names:
             if name == CONTINUATION:
@@ -125,7 +122,7 @@ def evaluate_tasks(
         manager = TaskManager(verbosity="ERROR", include_path=folder, include_defaults=False)
         try:
             results = simple_evaluate(
-                model=harness_model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                model=harness_model(model, tokenizer, batch_size=batch_size),
                 tasks=names,
                 num_fewshot=0,
                 limit=limit or None,

@@ -7,7 +7,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from flexq_core.sources.models import load_model
-from flexq_core.sources.shared_context import ARCHITECTURES, SharedContextLM, _mask
+from flexq_core.sources.shared_context import ARCHITECTURES, SharedContexts, _mask, harness_model
 from tests.models import CONFIGS, tiny_model
 
 TOKENIZER = load_model("demo-llama").tokenizer
@@ -28,15 +28,14 @@ def requests(*, contexts: int, longest: int, seed: int = 0) -> list:
 def both(architecture: str, **options) -> tuple[list, list]:
     asked = requests(**options)
     model = tiny_model(architecture)
-    return tuple(
-        kind(pretrained=model, tokenizer=TOKENIZER, batch_size=5)._loglikelihood_tokens(asked, disable_tqdm=True)
-        for kind in (HFLM, SharedContextLM)
-    )
+    plain = HFLM(pretrained=model, tokenizer=TOKENIZER, batch_size=5)
+    shared = harness_model(model, TOKENIZER, batch_size=5)
+    assert isinstance(shared, SharedContexts)
+    return tuple(each._loglikelihood_tokens(asked, disable_tqdm=True) for each in (plain, shared))
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_scores_are_the_harnesss(architecture):
-    assert tiny_model(architecture).config.model_type in ARCHITECTURES
     expected, found = both(architecture, contexts=17, longest=40)
     torch.testing.assert_close([score for score, _ in found], [score for score, _ in expected], rtol=1e-4, atol=1e-4)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
@@ -52,9 +51,14 @@ def test_a_greedy_ending_is_known_as_such():
     context = [5, 7, 11]
     with torch.no_grad():
         best = model(input_ids=torch.tensor([context])).logits[0, -1].argmax().item()
-    harness = SharedContextLM(pretrained=model, tokenizer=TOKENIZER, batch_size=4)
+    harness = harness_model(model, TOKENIZER, batch_size=4)
     asked = [(("", ""), context, [best]), (("", ""), context, [best + 1])]
     assert [greedy for _, greedy in harness._loglikelihood_tokens(asked)] == [True, False]
+
+
+def test_an_architecture_not_known_to_take_it_is_left_to_the_harness(monkeypatch):
+    monkeypatch.setattr("flexq_core.sources.shared_context.ARCHITECTURES", ARCHITECTURES - {"opt"})
+    assert not isinstance(harness_model(tiny_model("opt"), TOKENIZER, batch_size=4), SharedContexts)
 
 
 def test_an_ending_sees_its_context_and_itself_only():
