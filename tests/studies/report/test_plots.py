@@ -4,7 +4,8 @@ import pytest
 
 from flexq_core.studies.report.evidence import read_records
 from flexq_core.studies.report.plots import plot_end_to_end, plot_kernels, plot_perplexity
-from tests.studies.report.cases import GPU, run_of
+from tests.runs import run_of
+from tests.studies.report.cases import GPU
 
 
 @pytest.mark.parametrize("measured", [False, True])
@@ -20,5 +21,5 @@ def test_figures_show_ours_only_where_measured(folder, score, record, time_kerne
     (legend,) = figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
     assert any("measured here" in label for label in labels) == measured
-    path = run_of(tmp_path).figure(figure, "figure", caption="A caption")
+    path = run_of("05_report", tmp_path).figure(figure, "figure", caption="A caption")
     assert path.stat().st_size > 1000 and path.with_suffix(".png").is_file()

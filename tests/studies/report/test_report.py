@@ -9,7 +9,8 @@ from flexq_core.studies.report.own_numbers import FINDINGS, READINGS, findings_t
 from flexq_core.workbook import paths
 from flexq_core.workbook.records import read_jsonl
 from flexq_core.workbook.run import declared_parameters
-from tests.studies.report.cases import run_of, verdict
+from tests.runs import run_of
+from tests.studies.report.cases import verdict
 
 
 @pytest.mark.parametrize(
@@ -28,12 +29,12 @@ from tests.studies.report.cases import run_of, verdict
 )
 def test_wrong_parameters_are_refused(folder, parameters, text):
     with pytest.raises(ValueError, match=text):
-        ReportStudy(run_of(folder), **parameters)
+        ReportStudy(run_of("05_report", folder), **parameters)
 
 
 def test_its_parameters_are_the_notebooks(folder):
     declared = declared_parameters(paths.NOTEBOOKS / "05_report.ipynb")
-    ReportStudy(run_of(folder), **{name: parameter.default for name, parameter in declared.items()})
+    ReportStudy(run_of("05_report", folder), **{name: parameter.default for name, parameter in declared.items()})
 
 
 def test_a_folder_that_is_named_is_read_alone(folder, score, tmp_path):
@@ -66,7 +67,7 @@ def test_tolerances_decide(folder, score):
 def test_its_own_claims_hold_and_everything_is_kept_for_the_report(folder, score):
     score("llama-2-7b", "fp16", 5.47, backend="torch")
     score("llama-2-7b", "flexq", 5.50)
-    study = ReportStudy(run_of(folder))
+    study = ReportStudy(run_of("05_report", folder))
     assert all(holds is True for _, holds, _ in study.claims())
     study.keep()
     kept = read_jsonl(folder / "records" / "05_report.jsonl")
@@ -79,14 +80,14 @@ def test_its_own_claims_hold_and_everything_is_kept_for_the_report(folder, score
 
 
 def test_a_verdict_without_a_record_fails_its_claim(folder):
-    study = ReportStudy(run_of(folder))
+    study = ReportStudy(run_of("05_report", folder))
     study.verdicts.loc[0, "verdict"] = REPRODUCED
     failed = [claim for claim, holds, _ in study.claims() if not holds]
     assert failed == ["no claim counts as reproduced without a record"]
 
 
 def test_tables_can_be_read(folder):
-    study = ReportStudy(run_of(folder))
+    study = ReportStudy(run_of("05_report", folder))
     assert summary(study.verdicts).to_numpy().sum() == len(study.verdicts)
     assert len(findings_table(study.findings)) == len(FINDINGS)
     assert len(readings_table()) == len(READINGS)
