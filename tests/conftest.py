@@ -1,12 +1,23 @@
-"""Tests that want a GPU are skipped, visibly, where there is none."""
+"""What holds for every test."""
+
+import sys
 
 import pytest
 import torch
 
 
 def pytest_collection_modifyitems(items):
+    """Tests that want a GPU are skipped, visibly, where there is none."""
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _no_figure_stays_open():
+    """pyplot keeps every figure until it is closed; a notebook closes each with the cell that shows it."""
+    yield
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")

@@ -48,8 +48,8 @@ def quantize_groups(x: Tensor, *, bits: int, group_size: int = GROUP_SIZE) -> Qu
     TypeError for other dtypes.
     """
     require_bits(bits)
-    groups = _finite_groups(x, group_size)
-    scales = _absmax_scales(groups, bits)
+    groups = _groups(x, group_size)
+    scales = _finite(_absmax_scales(groups, bits), x)
     codes = _round_to_codes(groups, scales, bits)
     return Quantized(codes.flatten(-2), scales, bits, group_size, x.shape[-1])
 
@@ -71,8 +71,8 @@ def quantize_weight(weight: Tensor, *, bits: int = 6, group_size: int = GROUP_SI
     require_bits(bits, accepted=WEIGHT_BITS, what="weight bits")
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; accepted: [N, K]")
-    groups = _finite_groups(weight, group_size)
-    exponents = _row_exponents(_absmax_scales(groups, bits))
+    groups = _groups(weight, group_size)
+    exponents = _row_exponents(_finite(_absmax_scales(groups, bits), weight))
     # Two exact steps: 2**-e itself may overflow float32 for the smallest rows.
     half = exponents // 2
     groups = torch.ldexp(torch.ldexp(groups, -half[:, None, None]), (half - exponents)[:, None, None])
@@ -97,26 +97,32 @@ def fake_quantize(x: Tensor, *, bits: int, group_size: int = GROUP_SIZE) -> Tens
     Equal to `dequantize(quantize_groups(x))`; codes stay floating point and in place, which halves the time.
     """
     require_bits(bits)
-    groups = _finite_groups(x, group_size)
-    scales = _absmax_scales(groups, bits)
+    groups = _groups(x, group_size)
+    scales = _finite(_absmax_scales(groups, bits), x)
     values = _round(groups, scales, bits).mul_(scales[..., None]).flatten(-2)
     return values[..., : x.shape[-1]].to(x.dtype)
 
 
-def _finite_groups(x: Tensor, group_size: int) -> Tensor:
-    """x as float32 [..., G, group_size], zero-padded; raises on what cannot be quantised."""
+def _groups(x: Tensor, group_size: int) -> Tensor:
+    """x as float32 [..., G, group_size], zero-padded where need be; raises on what cannot be cut so."""
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"cannot quantise {x.dtype}; accepted: float16, bfloat16, float32")
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size is {group_size!r}; accepted: an integer of at least 1")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"cannot quantise shape {tuple(x.shape)}; the last axis must hold at least one element")
-    if not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
+    groups = group_count(x.shape[-1], group_size)
+    padding = groups * group_size - x.shape[-1]
+    padded = torch.nn.functional.pad(x.float(), (0, padding)) if padding else x.float()
+    return padded.unflatten(-1, (groups, group_size))
+
+
+def _finite(scales: Tensor, x: Tensor) -> Tensor:
+    """The scales of x's groups, where x is finite: a NaN or an infinity is its group's largest magnitude. Raises if not."""
+    if not torch.compiler.is_compiling() and not bool(torch.isfinite(scales).all()):
         index = tuple((~torch.isfinite(x)).nonzero()[0].tolist())
         raise ValueError(f"cannot quantise non-finite values: the first is {x[index].item()} at index {index}")
-    groups = group_count(x.shape[-1], group_size)
-    padded = torch.nn.functional.pad(x.float(), (0, groups * group_size - x.shape[-1]))
-    return padded.unflatten(-1, (groups, group_size))
+    return scales
 
 
 def _absmax_scales(groups: Tensor, bits: int) -> Tensor:

@@ -39,6 +39,11 @@ class LoadedModel:
     def is_demo(self) -> bool:
         return self.name in DEMO_MODELS
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What decides the model's numbers, as a record's parameters: fingerprint and dtype."""
+        return {"fingerprint": self.fingerprint, "dtype": str(self.model.dtype).removeprefix("torch.")}
+
 
 def known_models() -> tuple[str, ...]:
     """Names that need no hub id: the demo models first."""

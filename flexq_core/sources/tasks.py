@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flexq_core.sources import demo, local
+from flexq_core.sources.shared_context import harness_model
 
 _STOCK = {
     "piqa": "piqa/piqa.yaml",
@@ -41,9 +42,9 @@ dataset_kwargs:
     validation: {questions}
 output_type: multiple_choice
 validation_split: validation
-doc_to_text: "{{{{context}}}}"
-doc_to_choice: "{{{{endings}}}}"
-doc_to_target: "{{{{label}}}}"
+doc_to_text: context
+doc_to_choice: endings
+doc_to_target: label
 target_delimiter: ""
 metric_list:
   - metric: acc
@@ -110,7 +111,6 @@ def evaluate_tasks(
     require_tasks(names)
     from datasets.exceptions import DatasetGenerationError
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     with tempfile.TemporaryDirectory(prefix="flexq-tasks-") as folder:
@@ -122,7 +122,7 @@ def evaluate_tasks(
         manager = TaskManager(verbosity="ERROR", include_path=folder, include_defaults=False)
         try:
             results = simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                model=harness_model(model, tokenizer, batch_size=batch_size),
                 tasks=names,
                 num_fewshot=0,
                 limit=limit or None,

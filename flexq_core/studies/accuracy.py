@@ -257,8 +257,7 @@ class AccuracyStudy:
         """Everything that decides a case's numbers but the text, as plain values."""
         inputs = {
             "backend": backend,
-            "fingerprint": self.loaded.fingerprint,
-            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
+            **self.loaded.inputs,
             "outliers": self.outliers,
         }
         if method not in METHODS:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import resource
 import time
 import warnings
 from collections.abc import Iterator
@@ -45,7 +44,7 @@ from flexq_core.sources import paper
 from flexq_core.sources.models import load_model, locate_model, random_model
 from flexq_core.studies.parameters import counts, names, one_of, require_at_least
 from flexq_core.workbook import figures
-from flexq_core.workbook.machine import provenance
+from flexq_core.workbook.machine import preemptions, provenance
 from flexq_core.workbook.records import Measurement, Skipped
 
 if TYPE_CHECKING:
@@ -389,9 +388,8 @@ class EndToEndStudy:
         """Everything that decides a case's numbers, the machine among it, as plain values."""
         inputs = {
             "backend": backend,
-            "fingerprint": self.loaded.fingerprint,
+            **self.loaded.inputs,
             "weights": self.weights,
-            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
             "prompt_tokens": self.prompt_tokens,
             "output_tokens": self.output_tokens,
             "batch_size": self.batch_size,
@@ -427,15 +425,15 @@ class EndToEndStudy:
         if self.run.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             others = torch.cuda.memory_allocated() - size  # the original's layers, which this model does not use
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        before = preemptions()
         runs = [generate(model, self.prompt, self.output_tokens[-1]) for _ in range(self.repeats)]
-        preemptions = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
+        preempted = preemptions() - before
         measured = {
             **_spread("ttft_ms", torch.tensor([run.ttft_ms for run in runs], dtype=torch.float64)),
             "weights_mib": Measurement(size / 2**20, "MiB"),
             "linear_weights_mib": Measurement(block_weight_bytes(model) / 2**20, "MiB"),
             "difference": Measurement(difference, "1"),
-            "preemptions_per_token": Measurement(preemptions / self.repeats / self.output_tokens[-1], "1"),
+            "preemptions_per_token": Measurement(preempted / self.repeats / self.output_tokens[-1], "1"),
         }
         if self.output_tokens[-1] > 1:
             measured |= _spread("tpot_ms", torch.cat([run.steps_ms for run in runs]))
@@ -688,7 +686,7 @@ def _speed_claim(best: pd.DataFrame, ours: str, other: str, base: str | None) ->
         return text, None, f"{detail}; the {best['backend'][ours]} backend is no kernel"
     if base is None or weights_mib < TELLING_MIB:
         return text, None, f"{detail}; {weights_mib:.0f} MiB of linear weights are too few to matter"
-    preemptions = best["preemptions_per_token"][[ours, other]].max()
-    if preemptions > AT_MOST_PREEMPTIONS:
-        return text, None, f"{detail}; the machine is busy with other work: {preemptions:.1f} preemptions a token"
+    preempted = best["preemptions_per_token"][[ours, other]].max()
+    if preempted > AT_MOST_PREEMPTIONS:
+        return text, None, f"{detail}; the machine is busy with other work: {preempted:.1f} preemptions a token"
     return text, bool(mine_ms < at_most * other_ms), detail

@@ -14,7 +14,6 @@ import copy
 import math
 import os
 import re
-import resource
 import sys
 import tempfile
 import time
@@ -37,9 +36,9 @@ from flexq_core.quant.spec import ACTIVATION_BITS, GROUP_SIZE, require_bits
 from flexq_core.runtime import ops
 from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.sources import paper
-from flexq_core.studies.parameters import counts, names
+from flexq_core.studies.parameters import counts, names, require_at_least, require_between
 from flexq_core.workbook import figures
-from flexq_core.workbook.machine import provenance
+from flexq_core.workbook.machine import preemptions, provenance
 from flexq_core.workbook.records import Measurement, Records, Skipped
 from flexq_core.workbook.run import Run
 
@@ -99,14 +98,9 @@ class KernelStudy:
         self.tokens = counts(tokens, "tokens")
         require_bits(activation_bits, accepted=ACTIVATION_BITS, what="activation_bits")
         asked = names(methods, METHODS, "method")
-        for name, value, least, most in (
-            ("threads", threads, 0, os.cpu_count() or 1),
-            ("repeats", repeats, _LEAST_CALLS, math.inf),
-            ("seed", seed, 0, math.inf),
-        ):
-            if not least <= value <= most:
-                bound = f"{least} or more" if most == math.inf else f"{least} to {most}"
-                raise ValueError(f"{name} is {value}; accepted: {bound}")
+        require_between(0, os.cpu_count() or 1, threads=threads)
+        require_at_least(_LEAST_CALLS, repeats=repeats)
+        require_at_least(0, seed=seed)
         fastest = ops.resolve_backend("auto", run.device) if "auto" in asked else ""
         self.methods = list(dict.fromkeys(fastest if method == "auto" else method for method in asked))
         self.activation_bits, self.repeats, self.seed = activation_bits, repeats, seed
@@ -190,7 +184,7 @@ class KernelStudy:
         x = torch.randn(tokens, shape[1], generator=generator).to(self.run.device)
         error = _checked_error(self._layers, x)
         layers, engine = self._layers.for_input(x)
-        times, preemptions = _times_us(layers, x.to(self._layers.dtype), self.repeats)
+        times, preempted = _times_us(layers, x.to(self._layers.dtype), self.repeats)
         median_us = times.quantile(0.5).item()
         bits = _TORCH_BITS.get(method, BITS_PER_WEIGHT)
         return {
@@ -198,7 +192,7 @@ class KernelStudy:
             "p10_us": Measurement(times.quantile(0.1).item(), "us"),
             "p90_us": Measurement(times.quantile(0.9).item(), "us"),
             "timed_calls": Measurement(len(times), "1"),
-            "preemptions_per_call": Measurement(preemptions / len(times), "1"),
+            "preemptions_per_call": Measurement(preempted / len(times), "1"),
             "error": Measurement(error, "1"),
             "gbps": Measurement(math.prod(shape) * bits / 8 / median_us / 1e3, "GB/s"),
             "gops": Measurement(2 * tokens * math.prod(shape) / median_us / 1e3, "GOP/s"),
@@ -424,9 +418,9 @@ def _speed_claim(measured: pd.DataFrame) -> tuple[str, bool | None, str]:
     if flexq != "cpu":
         return text, None, f"the CPU kernel was not timed; {flexq} takes {ratio:.2f} of torch-int8's time"
     detail = f"{ratio:.2f} of torch-int8's time over {len(one)} shapes"
-    preemptions = used["preemptions_per_call"].max()
-    if preemptions > AT_MOST_PREEMPTIONS:
-        busy = f"other programs took the processors {preemptions:.1f} times a call: time anew on a quiet machine"
+    preempted = used["preemptions_per_call"].max()
+    if preempted > AT_MOST_PREEMPTIONS:
+        busy = f"other programs took the processors {preempted:.1f} times a call: time anew on a quiet machine"
         return text, None, f"{detail}, but {busy}"
     return text, ratio <= AT_MOST_OVER_INT8, detail
 
@@ -453,9 +447,9 @@ def _times_us(layers: list[Callable[[Tensor], Tensor]], x: Tensor, repeats: int)
     _warm_up(x.device)
     for layer in layers[-_UNTIMED_CALLS:]:
         layer(x)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    before = preemptions()
     times = (_cuda_times_us if x.is_cuda else _cpu_times_us)(layers, x, repeats)
-    return times, resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
+    return times, preemptions() - before
 
 
 def _cpu_times_us(layers: list[Callable[[Tensor], Tensor]], x: Tensor, repeats: int) -> Tensor:

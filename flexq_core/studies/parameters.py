@@ -25,6 +25,13 @@ def require_at_least(least: float, **values: float) -> None:
             raise ValueError(f"{name} is {value}; accepted: {least} or more")
 
 
+def require_between(least: float, most: float, **values: float) -> None:
+    """Raise ValueError, naming the parameter, for a value outside `least` to `most`."""
+    for name, value in values.items():
+        if not least <= value <= most:
+            raise ValueError(f"{name} is {value}; accepted: {least} to {most}")
+
+
 def one_of(text: str, accepted: tuple[str, ...], what: str) -> str:
     """The parameter itself; ValueError names the nearest accepted value unless it is exactly one of them."""
     found = names(text, accepted, what)

@@ -402,12 +402,7 @@ class SensitivityStudy:
         return {metric: record.value for metric, record in records.items()}
 
     def _inputs(self) -> dict[str, Any]:
-        return {
-            "fingerprint": self.loaded.fingerprint,
-            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
-            "outliers": self.outliers,
-            "window_length": self.window_length,
-        }
+        return {**self.loaded.inputs, "outliers": self.outliers, "window_length": self.window_length}
 
     def _calibration_inputs(self) -> dict[str, Any]:
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import resource
 import subprocess
 from datetime import UTC, datetime
 from functools import cache
@@ -89,3 +90,8 @@ def describe() -> list[dict[str, str]]:
         ("GPU", gpu or "none", "models run on it" if gpu else "models run on the processor"),
     ]
     return [dict(zip(("what", "found", "consequence"), row, strict=True)) for row in rows]
+
+
+def preemptions() -> int:
+    """How often the system has taken a processor from this process: between two calls on a quiet machine, hardly ever."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw

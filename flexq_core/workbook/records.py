@@ -254,6 +254,7 @@ def source_digest(study: str) -> str:
         *(core / "sources").rglob("*.py"),
         *(path for path in (paths.KERNELS).rglob("*") if path.is_file()),
         *(path for path in (core / "studies" / f"{stem}.py", core / "studies" / "baselines.py") if path.is_file()),
+        *(core / "studies" / stem).rglob("*.py"),
     ]
     digest = hashlib.sha256()
     for file in sorted(files):

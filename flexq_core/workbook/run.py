@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import re
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from flexq_core.workbook.machine import provenance
 from flexq_core.workbook.records import Measurement, Records
 
 _VERDICT = {True: "holds", False: "FAILS", None: "skipped"}
+_COUNTS = re.compile(r"[0-9]+(,[0-9]+)*")
 _TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
 
@@ -198,6 +200,9 @@ def _injected_names(namespace: Mapping[str, Any]) -> list[str]:
 def _typed(parameter: Parameter, value: Any) -> Any:
     if parameter.type is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    # papermill and the shell take a single count for an integer; where the default is counts, it is text all the same.
+    if _COUNTS.fullmatch(str(parameter.default)) and parameter.type is str and type(value) is int:
+        return str(value)
     if type(value) is not parameter.type:
         raise ParameterError(
             f"parameter {parameter.name!r} is {value!r} ({type(value).__name__}); accepted: {parameter.type.__name__}, "

@@ -62,7 +62,9 @@ def test_the_fingerprint_follows_the_weights(tmp_path):
     for file in demo.demo_path("demo-llama").glob("tokenizer*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     model.save_pretrained(tmp_path)
-    first = load_model(str(tmp_path)).fingerprint
+    loaded = load_model(str(tmp_path))
+    first = loaded.fingerprint
+    assert loaded.inputs == {"fingerprint": first, "dtype": "float32"}
     assert load_model(str(tmp_path)).fingerprint == first
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1

@@ -1,7 +1,6 @@
 """Accuracy: the perplexity protocol equals a plain computation, and parameters are refused before anything runs."""
 
 import math
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -13,8 +12,8 @@ from flexq_core.sources import data
 from flexq_core.sources.models import ModelError, load_model
 from flexq_core.sources.text import Text
 from flexq_core.studies.accuracy import AccuracyStudy, Perplexity, claims, order_of, perplexity, plot_change, plot_size
-from flexq_core.workbook.records import Records
 from tests.models import tiny_model
+from tests.runs import run_of
 
 
 def test_perplexity_is_the_exponential_of_the_mean_over_scored_tokens():
@@ -62,14 +61,7 @@ SMALL = {"windows": 2, "window_length": 64, "tasks": "", "backends": "reference"
 
 
 def a_study(folder, **parameters):
-    run = SimpleNamespace(
-        device="cpu",
-        outputs=folder,
-        parameters=parameters,
-        records=Records("02_accuracy", folder),
-        progress=lambda iterable, desc, total=None: iter(iterable),
-    )
-    return AccuracyStudy(run, **{"model": "demo-opt", **SMALL, **parameters})
+    return AccuracyStudy(run_of("02_accuracy", folder, **parameters), **{"model": "demo-opt", **SMALL, **parameters})
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,9 @@ from flexq_core.studies.e2e import (
     plot_memory,
     total_ms,
 )
-from flexq_core.workbook.records import Records, Skipped, read_jsonl
-from flexq_core.workbook.run import Run
+from flexq_core.workbook.records import Skipped, read_jsonl
 from tests.models import CONFIGS, tiny_model
+from tests.runs import run_of
 
 SMALL = {"model": "demo-llama", "prompt_tokens": 8, "output_tokens": "2,5", "repeats": 2, "backend": "reference"}
 NOTHING = paper.end_to_end().iloc[:0]
@@ -38,7 +38,7 @@ NOTHING = paper.end_to_end().iloc[:0]
 
 @pytest.fixture
 def run(tmp_path):
-    return Run("04_e2e", {}, "cpu", tmp_path, Records("04_e2e", tmp_path, "cpu"))
+    return run_of("04_e2e", tmp_path)
 
 
 @pytest.fixture(autouse=True)

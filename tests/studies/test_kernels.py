@@ -9,8 +9,8 @@ import torch
 from flexq_core.sources import paper
 from flexq_core.studies import kernels
 from flexq_core.studies.kernels import KernelStudy, claims, limits_us, read_shapes, speedups
-from flexq_core.workbook.records import Measurement, Records, Skipped, read_jsonl
-from flexq_core.workbook.run import Run
+from flexq_core.workbook.records import Measurement, Skipped, read_jsonl
+from tests.runs import run_of
 
 SMALL = {
     "shapes": "64x128,96x200",
@@ -23,7 +23,7 @@ MACHINE = {"read_bandwidth_gbps": 10.0, "int8_rate_gops": 100.0, "fp32_rate_gops
 
 @pytest.fixture
 def run(tmp_path):
-    return Run("03_kernels", {}, "cpu", tmp_path, Records("03_kernels", tmp_path, "cpu"))
+    return run_of("03_kernels", tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """Sensitivity: one pass predicts what a pass a layer measures, plans keep to their budget, wrong parameters are refused."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,27 +14,17 @@ from flexq_core.quant.layers import linear_layers
 from flexq_core.quant.quantize import fake_quantize
 from flexq_core.sources.models import ModelError, load_model
 from flexq_core.studies import sensitivity
-from flexq_core.workbook.records import Records
 from tests.models import logits, tiny_model
+from tests.runs import run_of
 
 ROWS = torch.randint(3, 96, (3, 24), generator=torch.Generator().manual_seed(7))
 SMALL = {"calibration_windows": 2, "windows": 2, "window_length": 64}
 
 
-def a_run(folder, **parameters):
-    return SimpleNamespace(
-        device="cpu",
-        outputs=folder,
-        parameters=parameters,
-        records=Records("01_sensitivity", folder),
-        progress=lambda iterable, desc, total=None: iter(iterable),
-    )
-
-
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
-    run = a_run(folder, model="demo-llama", outliers=32.0)
+    run = run_of("01_sensitivity", folder, model="demo-llama", outliers=32.0)
     return sensitivity.SensitivityStudy(run, model="demo-llama", outliers=32.0, backend="reference", **SMALL)
 
 
@@ -200,5 +189,5 @@ def test_each_claim_can_fail(greedy, plan, correlation, failing):
 )
 def test_a_wrong_parameter_is_refused_before_anything_is_measured(tmp_path, parameters, kind, text):
     with pytest.raises(kind, match=text):
-        sensitivity.SensitivityStudy(a_run(tmp_path), **{"model": "demo-llama", **parameters})
+        sensitivity.SensitivityStudy(run_of("01_sensitivity", tmp_path), **{"model": "demo-llama", **parameters})
     assert not (tmp_path / "records").exists()

@@ -16,7 +16,8 @@ from flexq_core.workbook.run import check_parameters, declared_parameters, parse
 PARAMETERS = """model: str = "demo"  # which model
 windows: int = 0  # how many
 outliers: float = 0.0  # how large
-quick: bool = False  # less of it"""
+quick: bool = False  # less of it
+lengths: str = "32,128"  # one or several"""
 
 
 def notebook(name: str, *cells: str) -> None:
@@ -39,7 +40,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 def test_a_run_has_the_defaults_and_what_was_passed(tmp_path):
     run = workbook.start("study", passed(model="org/name", outliers=3))
-    assert run.parameters == {"model": "org/name", "windows": 0, "outliers": 3.0, "quick": False}
+    assert run.parameters == {"model": "org/name", "windows": 0, "outliers": 3.0, "quick": False, "lengths": "32,128"}
     assert type(run.parameters["outliers"]) is float
     assert run.outputs == tmp_path / "out" == paths.outputs()
     assert run.records.path == tmp_path / "out" / "records" / "study.jsonl"
@@ -77,6 +78,8 @@ def test_a_name_near_to_none_is_still_refused():
         ("outliers", "3", r"'outliers' is '3' \(str\); accepted: float"),
         ("model", 7, r"'model' is 7 \(int\); accepted: str, for example 'demo'"),
         ("quick", 1, r"'quick' is 1 \(int\); accepted: bool"),
+        ("lengths", 64.0, r"'lengths' is 64\.0 \(float\); accepted: str, for example '32,128'"),
+        ("lengths", True, r"'lengths' is True \(bool\); accepted: str"),
     ],
 )
 def test_a_value_of_another_type_is_refused(name, value, text):
@@ -84,6 +87,11 @@ def test_a_value_of_another_type_is_refused(name, value, text):
         workbook.start("study", passed(**{name: value}))
     with pytest.raises(ParameterError, match=text):
         check_parameters("study", {name: value})
+
+
+def test_a_single_count_is_text_where_the_default_is_counts():
+    check_parameters("study", {"lengths": 64})
+    assert workbook.start("study", passed(lengths=64)).parameters["lengths"] == "64"
 
 
 def test_the_readers_own_names_are_none_of_our_business():

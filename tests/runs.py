@@ -1,0 +1,13 @@
+"""A study's run without its notebook."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flexq_core.workbook.records import Records
+from flexq_core.workbook.run import Run
+
+
+def run_of(study: str, folder: Path, **parameters) -> Run:
+    """The run of a notebook with these parameters, on a processor, that writes to `folder`."""
+    return Run(study, parameters, "cpu", folder, Records(study, folder))

@@ -1,0 +1,134 @@
+"""Every verdict can be reached, and what was measured otherwise than the paper does bears out nothing."""
+
+import pytest
+
+from flexq_core.sources import paper
+from flexq_core.studies.report.claims import NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Tolerance, judge, paper_claims
+from flexq_core.studies.report.evidence import paper_increases, ratios, read_records
+from tests.studies.report.cases import CPU, GPU, verdict
+
+
+def test_without_records_nothing_is_measured_and_every_claim_says_what_it_needs(folder):
+    found = judge(paper_claims(), read_records(), Tolerance())
+    assert len(found) > 50 and found["claim"].is_unique
+    assert set(found["verdict"]) == {NOT_MEASURED}
+    assert (found["evidence"] == 0).all()
+    assert found["detail"].str.contains("papermill|not built here|not carried in").all()
+
+
+@pytest.mark.parametrize(("perplexity", "status"), [(5.54, REPRODUCED), (5.56, NOT_REPRODUCED)])
+def test_perplexity_is_judged_by_its_increase(score, perplexity, status):
+    score("llama-2-7b", "fp16", 5.47, backend="torch")
+    score("llama-2-7b", "flexq", perplexity)  # the paper's increase is 0.05, the tolerance 0.03
+    found = verdict("llama-2-7b: FlexQ costs 0.05 of perplexity on WikiText-2")
+    assert (found.verdict, found.evidence) == (status, 1)
+    assert f"5.47 → {perplexity}" in found.detail and "the paper 5.47 → 5.52" in found.detail
+
+
+def test_the_packed_weights_come_before_their_simulation(score):
+    score("llama-2-7b", "fp16", 5.47, backend="torch")
+    score("llama-2-7b", "flexq", 5.60, backend="cpu")
+    score("llama-2-7b", "flexq", 5.50, backend="simulate")
+    assert verdict("llama-2-7b: FlexQ costs 0.05 of perplexity on WikiText-2").verdict == NOT_REPRODUCED
+
+
+@pytest.mark.parametrize("more", [{"windows": 8}, {"outliers": 32.0}, {"window_length": 512}, {"dataset": "pydoc"}])
+def test_what_was_scored_otherwise_than_the_paper_does_not_count(score, more):
+    score("llama-2-7b", "fp16", 5.47, backend="torch", **more)
+    score("llama-2-7b", "flexq", 5.50, **more)
+    assert verdict("llama-2-7b: FlexQ costs 0.05 of perplexity on WikiText-2").verdict == NOT_MEASURED
+
+
+def test_a_claim_about_all_models_needs_all_of_them_and_one_refutes_it(score):
+    text = "FlexQ's perplexity on WikiText-2 is below SmoothQuant"
+    *models, last = paper_increases()["model"].unique()
+    for model in models:
+        score(model, "fp16", 5.0, backend="torch")
+        score(model, "flexq", 5.1)
+        score(model, "smoothquant-w6a6", 5.2)
+    partly = verdict(text)
+    assert partly.verdict == NOT_MEASURED and "6 of 7 cases are on record and hold" in partly.detail
+    score(last, "fp16", 5.0, backend="torch")
+    score(last, "flexq", 5.1)
+    score(last, "smoothquant-w6a6", 5.2)
+    assert (verdict(text).verdict, verdict(text).evidence) == (REPRODUCED, 7)
+    score(last, "smoothquant-w6a6", 5.0)
+    assert verdict(text).verdict == NOT_REPRODUCED
+
+
+@pytest.mark.parametrize(("sensitive", "status"), [("down_proj", REPRODUCED), ("q_proj", NOT_REPRODUCED)])
+def test_sensitivity_is_judged_by_kinds_of_layer(record, sensitive, status):
+    for kind in ("q_proj", "down_proj"):
+        method = f"rounded: every {kind}"
+        record("01_sensitivity", "llama-7b", method, {"kl_nats": 1.0 if kind == sensitive else 0.1}, outliers=0.0)
+        record("01_sensitivity", "llama-7b", method, {"kl_nats": 0.5}, outliers=32.0)  # another question
+    assert verdict("down_proj is the layer").verdict == status
+    assert verdict("fc2 is the layer").verdict == NOT_MEASURED
+
+
+def test_kernels_as_fast_as_the_papers_reproduce_it(time_kernels):
+    time_kernels()
+    assert verdict("8192 × 28672 (llama-2-70b, W6A8)").verdict == REPRODUCED
+    mean = verdict("at batch 4, the mean of 20 shapes")
+    assert (mean.verdict, mean.evidence) == (REPRODUCED, 20)
+    assert verdict("ABQ-LLM's on LLaMA-2-70B").verdict == NOT_MEASURED
+
+
+def test_slower_kernels_do_not(time_kernels):
+    time_kernels(speedup=1.2)
+    assert verdict("4096 × 4096 (llama-7b").verdict == NOT_REPRODUCED
+    assert verdict("at batch 1, the mean of 20 shapes").verdict == NOT_REPRODUCED
+
+
+@pytest.mark.parametrize(("speedup", "status"), [(1.4, REPRODUCED), (1.3, NOT_REPRODUCED)])
+def test_the_mean_over_abq_needs_its_four_shapes(time_kernels, speedup, status):
+    shapes = [shape for shape in paper.kernel_shapes() if 8192 in shape]
+    time_kernels(speedup, {(*shape, 1) for shape in shapes[:3]}, rival="abq-llm")
+    assert "3 of its 4 cases" in verdict("ABQ-LLM's on LLaMA-2-70B").detail
+    time_kernels(speedup, {(*shape, 1) for shape in shapes}, rival="abq-llm")
+    assert verdict("ABQ-LLM's on LLaMA-2-70B").verdict == status
+
+
+def test_a_processor_bears_out_no_claim_about_a_gpu(time_kernels):
+    time_kernels(speedup=9.0, machine=CPU)
+    found = verdict("4096 × 4096 (llama-7b")
+    assert found.verdict == NOT_MEASURED and "an NVIDIA GPU; a processor was timed here: papermill" in found.detail
+
+
+def test_end_to_end_needs_every_length_and_the_whole_model(record):
+    def generate(faster, *lengths, **parameters):
+        seconds = {f"total_s/{length}": float(length) for length in lengths}
+        record("04_e2e", "llama-7b", "flexq", seconds, GPU, **parameters)
+        slower = {metric: faster * value for metric, value in seconds.items()}
+        record("04_e2e", "llama-7b", "w8a8", slower, GPU, **parameters)
+
+    text = "llama-7b: FlexQ is 1.33× as fast as W8A8"
+    generate(1.4, 128, 256, 512, 1024, layers=2)
+    assert verdict(text).verdict == NOT_MEASURED
+    generate(1.4, 128, 256)
+    assert "2 of 4 cases" in verdict(text).detail
+    generate(1.4, 128, 256, 512, 1024)
+    assert verdict(text).verdict == REPRODUCED
+    generate(1.2, 128, 256, 512, 1024)
+    assert verdict(text).verdict == NOT_REPRODUCED
+    assert verdict("1.33× as fast as SmoothQuant").evidence == 4
+
+
+@pytest.mark.parametrize(("weights_mib", "status"), [(150.0, REPRODUCED), (110.0, NOT_REPRODUCED)])
+def test_memory_is_weights_and_cache(record, weights_mib, status):
+    text = "llama-7b: FlexQ is 1.20× smaller in memory than W8A8"
+    for method, mib in (("flexq", 100.0), ("w8a8", weights_mib)):
+        record("04_e2e", "llama-7b", method, {"weights_mib": mib}, GPU)
+    assert verdict(text).verdict == NOT_MEASURED  # without the cache
+    for method, mib in (("flexq", 100.0), ("w8a8", weights_mib)):
+        caches = {f"kv_cache_mib/{length}": length / 64 for length in (128, 256, 512, 1024)}
+        record("04_e2e", "llama-7b", method, {"weights_mib": mib} | caches, GPU)
+    found = verdict(text)
+    assert (found.verdict, found.evidence) == (status, 4)
+    assert f"128 tokens: {(weights_mib + 2) / 102:.2f}×" in found.detail
+
+
+def test_only_what_was_run_alike_is_compared(record):
+    record("04_e2e", "llama-7b", "flexq", {"total_s/128": 1.0}, GPU, prompt_tokens=15)
+    record("04_e2e", "llama-7b", "w8a8", {"total_s/128": 9.0}, GPU, prompt_tokens=512)
+    assert ratios(read_records(), "04_e2e", "total_s/", "W8A8").empty

@@ -1,0 +1,25 @@
+"""The paper's figures, with ours in them only where measured."""
+
+import pytest
+
+from flexq_core.studies.report.evidence import read_records
+from flexq_core.studies.report.plots import plot_end_to_end, plot_kernels, plot_perplexity
+from tests.runs import run_of
+from tests.studies.report.cases import GPU
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("plot", [plot_perplexity, plot_kernels, plot_end_to_end])
+def test_figures_show_ours_only_where_measured(folder, score, record, time_kernels, tmp_path, plot, measured):
+    if measured:
+        score("llama-2-7b", "fp16", 5.47, backend="torch")
+        score("llama-2-7b", "flexq", 5.50)
+        time_kernels(cases={(4096, 4096, 1), (4096, 4096, 8)})
+        for method, seconds in (("flexq", 1.0), ("w8a8", 1.4)):
+            record("04_e2e", "llama-7b", method, {"total_s/128": seconds, "total_s/256": seconds}, GPU)
+    figure = plot(read_records())
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert any("measured here" in label for label in labels) == measured
+    path = run_of("05_report", tmp_path).figure(figure, "figure", caption="A caption")
+    assert path.stat().st_size > 1000 and path.with_suffix(".png").is_file()
