@@ -116,7 +116,8 @@ class FlexQLinear(nn.Module):
         """
         if self._repacked is None or self._repacked[0] != self.backend:
             bits, device = self.precision.weight_bits, self.weight.device
-            backend = ops.resolve_backend(self.backend, device, bits, self.group_size)
+            layer = (self.out_features, self.in_features, self.precision.activation_bits)
+            backend = ops.resolve_backend(self.backend, device, bits, self.group_size, layer)
             chunks = cuda.repack(self.weight, self.weight_scale, backend) if backend in cuda.ORDERS else None
             self._repacked = self.backend, backend, chunks
         return self._repacked[1:]

@@ -9,7 +9,7 @@ Every backend computes the same numbers up to the rounding of the outer float32 
     imma        kernels/cuda/w6ax_imma.cu: weights unpacked to bytes in registers, INT8 tensor cores
     bmma        kernels/cuda/w6ax_bmma.cu: bit planes on binary tensor cores, the paper's method
     simulate    fake quantisation: dequantised operands in a floating-point matrix product, as papers measure accuracy
-    auto        the fastest of these that this machine has, never `simulate`
+    auto        the fastest of these that this machine has, never `simulate`; on a GPU by the layer's shape, see auto.py
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from flexq_core.quant.packing import packed_bytes, unpack_codes
 from flexq_core.quant.quantize import Quantized, dequantize, fake_quantize, quantize_groups
 from flexq_core.quant.spec import ACTIVATION_BITS, GROUP_SIZE, WEIGHT_BITS, group_count, require_bits
-from flexq_core.runtime import build, cpu, cuda
+from flexq_core.runtime import auto, build, cpu, cuda
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -82,7 +82,8 @@ def _w6ax_linear(
     backend: str,
 ) -> Tensor:
     _require_fit(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size)
-    run = _BACKENDS[resolve_backend(backend, x.device, weight_bits, group_size)]
+    layer = (weight.shape[0], x.shape[-1], activation_bits)
+    run = _BACKENDS[resolve_backend(backend, x.device, weight_bits, group_size, layer)]
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -131,11 +132,16 @@ def _(x, chunks, weight_exponent, bias, activation_bits, backend):
 
 
 def resolve_backend(
-    backend: str, device: torch.device | str, weight_bits: int = 6, group_size: int = GROUP_SIZE
+    backend: str,
+    device: torch.device | str,
+    weight_bits: int = 6,
+    group_size: int = GROUP_SIZE,
+    layer: tuple[int, int, int] | None = None,
 ) -> str:
     """The backend that `backend` means for such a layer on this device: itself, or what `auto` chooses.
 
-    `auto` compiles the kernel where it can, and says once why where it cannot.
+    layer: outputs, features and activation bits, by which `auto` chooses between a GPU's backends; without it, or where
+    none was timed on this card, it is `imma`. `auto` compiles the kernel where it can, and says once why where it cannot.
     Raises ValueError for an unknown backend, or one that cannot run there (says why, and which remain).
     """
     if backend in ("reference", "simulate"):
@@ -143,8 +149,9 @@ def resolve_backend(
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; accepted: {', '.join(BACKENDS)}")
     device = torch.device(device)
-    compiled = ("imma", "bmma") if device.type == "cuda" else ("cpu",)  # fastest first
-    wanted = compiled[0] if backend == "auto" else backend
+    wanted = backend
+    if backend == "auto":
+        wanted = _fastest_on_gpu(device, layer) if device.type == "cuda" else "cpu"
     module, load = (cpu, build.cpu_kernel) if wanted == "cpu" else (cuda, lambda: build.cuda_kernels(device))
     obstacle = module.obstacle(device, weight_bits, group_size)
     if obstacle is None:
@@ -158,6 +165,11 @@ def resolve_backend(
     if device.type in ("cpu", "cuda") and weight_bits == 6:
         _warn_once(f"the compiled {device.type.upper()} kernel is not used: {obstacle}")
     return "reference"
+
+
+def _fastest_on_gpu(device: torch.device, layer: tuple[int, int, int] | None) -> str:
+    timed = auto.choose(torch.cuda.get_device_name(device), *layer) if layer and torch.cuda.is_available() else None
+    return timed or "imma"
 
 
 def _run_reference(x, packed, bias, weight_bits, activation_bits, group_size) -> Tensor:
