@@ -1,8 +1,9 @@
 # `make help` lists what there is. Every target makes .venv first where there is none; PYTHON=... chooses with which.
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduce test test-gpu lab lint format lock reference readme clean env
+.PHONY: help demo reproduce test test-gpu lab lint format lock reference kernels readme clean env
 SHELL := /bin/sh
 BIN := .venv/bin
+KERNELS = --outputs outputs/reference/$(or $(MACHINE),h200) --tokens 1 4 8 16 32 64 --repeats 10
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +39,10 @@ lock: env  ## resolve env/requirements.in into env/requirements.lock
 
 reference: env  ## keep this machine's records in outputs/reference/$(MACHINE)/ (cpu unless set)
 	@$(BIN)/python -m flexq_core.workbook reference $(or $(MACHINE),cpu)
+
+kernels: env  ## time the paper's shapes on this machine's GPU into outputs/reference/$(MACHINE)/ (h200 unless set)
+	@$(BIN)/python -m flexq_core.studies.kernels $(KERNELS) --shapes paper
+	@$(BIN)/python -m flexq_core.studies.kernels $(KERNELS) --shapes paper-a8 --activation-bits 8
 
 readme: env  ## make the README's results table from outputs/reference/
 	@$(BIN)/python -m flexq_core.workbook readme

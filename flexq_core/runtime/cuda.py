@@ -7,13 +7,14 @@ can be captured in CUDA graphs. For the same reason a token that is not finite r
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from flexq_core.quant.spec import GROUP_SIZE
-from flexq_core.runtime import build
+from flexq_core.runtime import auto, build
 
 ORDERS = {"imma": 0, "bmma": 1, "wgmma": 2}
 """Backend → the order of bits that its kernel reads (`Order` in layout.cuh). Weights of `imma` and `wgmma` are the same."""
@@ -135,17 +136,12 @@ def w6ax_linear(
     return out
 
 
+@lru_cache(maxsize=4096)
 def backend_for(tokens: int, features: int, outputs: int, device: torch.device) -> str:
-    """The faster of the two kernels that read the same repacked weights, `imma` and `wgmma` (measured on an H200).
-
-    `wgmma` re-reads weights less often, but shares a small layer among blocks that have to wait for each other.
-    """
-    if torch.cuda.get_device_capability(device)[0] != 9 or tokens <= 32:
+    """The faster of the two kernels that read the same repacked weights, `imma` and `wgmma`; see auto.py."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
         return "imma"
-    return "wgmma" if tokens > 64 or outputs * features >= _LARGE_LAYER else "imma"
-
-
-_LARGE_LAYER = 8192 * 8192
+    return "wgmma" if tokens >= auto.wgmma_from(torch.cuda.get_device_name(device), outputs, features) else "imma"
 
 
 def token_tiles(tokens: int, backend: str) -> int:

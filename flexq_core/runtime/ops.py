@@ -10,7 +10,7 @@ Every backend computes the same numbers up to the rounding of the outer float32 
     wgmma       kernels/cuda/w6ax_wgmma.cu: the same on Hopper's wider instructions, for many tokens
     bmma        kernels/cuda/w6ax_bmma.cu: bit planes on binary tensor cores, the paper's method
     simulate    fake quantisation: dequantised operands in a floating-point matrix product, as papers measure accuracy
-    auto        the fastest of these that this machine has, never `simulate`; on a GPU imma or wgmma, by the shape
+    auto        the fastest of these that this machine has, never `simulate`; on a GPU imma or wgmma by the shape, see auto.py
 """
 
 from __future__ import annotations
@@ -137,9 +137,8 @@ def resolve_backend(
 ) -> str:
     """The backend that `backend` means for such a layer on this device: itself, or what `auto` chooses.
 
-    On a GPU `auto` stays `auto` where the kernels run: which of them depends on the shape.
-
-    `auto` compiles the kernel where it can, and says once why where it cannot.
+    On a GPU `auto` stays `auto` where the kernels run: which of them depends on the shape. `auto` compiles the kernel
+    where it can, and says once why where it cannot.
     Raises ValueError for an unknown backend, or one that cannot run there (says why, and which remain).
     """
     if backend in ("reference", "simulate"):

@@ -1,16 +1,19 @@
-"""Kernel times by shape, method and tokens, beside torch's own products and what the machine allows (FlexQ §4.3).
+"""Kernel times by shape, method and tokens, beside the libraries' products and what the machine allows (FlexQ §4.3).
 
-A method is a backend of the op or one of torch's own. All go through one harness: the same warm-up, single calls, cold
-weights (each call takes the copy that was used longest ago; the others together exceed twice the last cache), and an
-output that is checked before it is timed. Every figure is a record, measured once a machine.
+A method is a backend of the op, one of torch's own products or a library's. All go through one harness: the same warm-up,
+cold weights (each call takes the copy that was used longest ago; the others together exceed twice the last cache), and an
+output that is checked before it is timed. On a processor single calls are timed, here; on a GPU replays of CUDA graphs, in
+kernels_gpu.py. Every figure is a record, measured once a machine.
 
     python -m flexq_core.studies.kernels --tokens 1 8 64 512     measures anew and keeps no record
+    python -m flexq_core.studies.kernels --shapes paper --tokens 1 4 8 --outputs outputs/reference/h200     keeps records
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import os
 import re
@@ -21,29 +24,35 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 
 from flexq_core.quant import LayerPrecision
 from flexq_core.quant.spec import ACTIVATION_BITS, GROUP_SIZE, require_bits
-from flexq_core.runtime import ops
+from flexq_core.runtime import auto, ops
 from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.sources import paper
+from flexq_core.studies import kernels_gpu
+from flexq_core.studies.kernels_compared import AUTO_ON_GPU, bandwidth_reached, mean_speedups, title, wgmma_wins
 from flexq_core.studies.parameters import counts, names, require_at_least, require_between
-from flexq_core.workbook import figures
 from flexq_core.workbook.machine import preemptions, provenance
-from flexq_core.workbook.records import Measurement, Records, Skipped
+from flexq_core.workbook.paths import ROOT
+from flexq_core.workbook.records import (
+    Measurement,
+    Records,
+    Skipped,
+    is_current,
+    load_records,
+    read_jsonl,
+    write_atomically,
+    write_jsonl,
+)
+from flexq_core.workbook.report import gpu_kernel_times
 from flexq_core.workbook.run import Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Shape = tuple[int, int]
 """N × K: outputs and features of a linear layer."""
@@ -53,16 +62,26 @@ DEMO_SHAPES: tuple[Shape, ...] = ((4096, 4096), (11008, 4096))
 
 BITS_PER_WEIGHT = 6 + 16 / GROUP_SIZE
 _TORCH_BITS = {"torch-fp32": 32, "torch-fp16": 16, "torch-bf16": 16, "torch-int8": 8}
-_TORCH_DTYPES = {"torch-fp16": torch.float16, "torch-bf16": torch.bfloat16}
-METHODS = (*ops.BACKENDS, *_TORCH_BITS)
-"""FlexQ's backends, and torch's own products; `torch-int8` is dynamic quantisation on the fastest engine."""
+_BITS = _TORCH_BITS | dict.fromkeys(kernels_gpu.LIBRARIES, 8)
+METHODS = (*ops.BACKENDS, *_BITS)
+"""FlexQ's backends, torch's own products and libraries on a GPU; `torch-int8` is dynamic quantisation on the fastest engine."""
 
-ERROR_BOUNDS = {"torch-fp32": 1e-5, "torch-fp16": 1e-2, "torch-bf16": 2e-2, "torch-int8": 5e-2}
+DEFAULT_METHODS = {
+    "cpu": ("auto", "torch-fp32", "torch-bf16", "torch-int8"),
+    "cuda": ("imma", "wgmma", "bmma", "torch-fp16", "torch-bf16", *kernels_gpu.LIBRARIES),
+}
+
+ERROR_BOUNDS = {
+    "torch-fp32": 1e-5,
+    "torch-fp16": 1e-2,
+    "torch-bf16": 2e-2,
+    "torch-int8": 5e-2,
+    "cublas-int8": 5e-2,
+    "cublaslt-fp8": 6e-2,
+    "torchao-int8wo": 5e-2,
+}
 FLEXQ_ERROR_BOUND = 6e-2
 """Relative error against float32, ‖y - y32‖ / ‖y32‖. On normal numbers 6-bit groups of 128 come to 4%: a wrong one to 100%."""
-
-BASELINES = ("torch-int8", "torch-fp16", "torch-fp32")
-"""Speed-ups are over the first of these that was measured."""
 
 # x86 is left out: it packs for one of the other two, as it sees fit.
 _INT8_ENGINES = ("onednn", "fbgemm", "qnnpack")
@@ -75,9 +94,10 @@ _LEAST_CALLS = 5
 class KernelStudy:
     """Times methods on shapes and numbers of tokens, each once, and keeps the records.
 
-    run: the workbook run whose records and device are used.  shapes: `demo`, `paper` (the 20 of the kernel figure) or
-    NxK, comma-separated.  tokens: comma-separated.  methods: any of METHODS.  threads: 0 is torch's number.
-    repeats: timed calls each, fewer where they would take longer than three seconds.
+    run: the workbook run whose records and device are used.  shapes: `demo`, `paper` (the 20 of the kernel figure), `paper-a8`
+    (those of them that it runs with 8-bit activations) or NxK, comma-separated.  tokens: comma-separated.  methods: any of
+    METHODS, or `default` for the device's.  threads: 0 is torch's number.  repeats: timed calls each, fewer where they would
+    take longer than three seconds; on a GPU replays.
     Raises ValueError before anything is computed, saying what is accepted.
     """
 
@@ -88,7 +108,7 @@ class KernelStudy:
         shapes: str = "demo",
         tokens: str = "1,8,64",
         activation_bits: int = 6,
-        methods: str = "auto,torch-fp32,torch-bf16,torch-int8",
+        methods: str = "default",
         threads: int = 0,
         repeats: int = 20,
         seed: int = 0,
@@ -97,18 +117,28 @@ class KernelStudy:
         self.shapes = read_shapes(shapes)
         self.tokens = counts(tokens, "tokens")
         require_bits(activation_bits, accepted=ACTIVATION_BITS, what="activation_bits")
-        asked = names(methods, METHODS, "method")
+        self.on_gpu = torch.device(run.device).type == "cuda"
+        usual = ",".join(DEFAULT_METHODS["cuda" if self.on_gpu else "cpu"])
+        asked = names(usual if methods == "default" else methods, METHODS, "method")
         require_between(0, os.cpu_count() or 1, threads=threads)
         require_at_least(_LEAST_CALLS, repeats=repeats)
         require_at_least(0, seed=seed)
-        fastest = ops.resolve_backend("auto", run.device) if "auto" in asked else ""
-        self.methods = list(dict.fromkeys(fastest if method == "auto" else method for method in asked))
+        fastest = [ops.resolve_backend("auto", run.device)] if "auto" in asked else []
+        if fastest == ["auto"]:  # it depends on the shape, so what it chooses from is timed
+            fastest = list(AUTO_ON_GPU)
+        self.methods = list(dict.fromkeys(m for method in asked for m in (fastest if method == "auto" else [method])))
         self.activation_bits, self.repeats, self.seed = activation_bits, repeats, seed
         self.threads = threads or torch.get_num_threads()
-        self._layers: _ColdLayers | None = None
+        self._layers: _ColdLayers | kernels_gpu.GpuLayers | None = None
+
+    @property
+    def card(self) -> str:
+        """The GPU's name; empty on a processor."""
+        return provenance(self.run.device)["device"] if self.on_gpu else ""
 
     def machine(self) -> dict[str, float]:
-        """What this machine can do, measured: read_bandwidth_gbps, int8_rate_gops, fp32_rate_gops."""
+        """What this machine can do, measured: read_bandwidth_gbps, int8_rate_gops, fp32_rate_gops; on a GPU
+        copy_bandwidth_gbps, which counts reads and writes, in place of the last."""
         with _torch_settings(self.threads):
             records = self.run.records.once(
                 model="machine", method="limits", seed=0, parameters=self._machine_inputs(), compute=self._rates
@@ -137,37 +167,45 @@ class KernelStudy:
 
     def table(self) -> pd.DataFrame:
         """Every case, one row each: {method, outputs, features, tokens, median_us, p10_us, p90_us, error, gbps, gops,
-        byte_limit_us, compute_limit_us, limit_us, over_limit, skipped}; see `limits_us`."""
+        byte_limit_us, compute_limit_us, limit_us, over_limit, skipped}; see `limits_us`. On a GPU also what `_on_gpu` adds.
+        """
         machine, cases = self.machine(), self.cases()
         rows = [
             {
-                **dict.fromkeys(("median_us", "p10_us", "p90_us", "error", "gbps", "gops"), math.nan),
                 "method": method,
                 "outputs": shape[0],
                 "features": shape[1],
                 "tokens": count,
                 **self.measure(shape, method, count),
-                **limits_us(shape, count, machine),
             }
             for shape, method, count in self.run.progress(cases, desc="kernels", total=len(cases))
         ]
         self._layers = None
-        table = pd.DataFrame(rows)
-        table["over_limit"] = table["median_us"] / table["limit_us"]
-        columns = ["method", "outputs", "features", "tokens", "median_us", "p10_us", "p90_us", "limit_us", "over_limit"]
-        return table[columns + [name for name in table if name not in columns]]
+        return tabulate(rows, machine)
 
     def _machine_inputs(self) -> dict[str, Any]:
         return {"device": provenance(self.run.device)["device"], "threads": self.threads}
 
     def _rates(self) -> dict[str, Measurement]:
         device = torch.device(self.run.device)
-        size = 8192 if device.type == "cuda" else 2048
-        floats = torch.randn(size, size, device=device)
+        size = 8192 if self.on_gpu else 2048
         codes = torch.randint(-127, 128, (size, size), device=device, dtype=torch.int8)
-        flexq = FlexQLinear.from_linear(nn.Linear(size, size, bias=False, device=device))
-        buffer = torch.ones(max(_cold_bytes(device), 2**30) // 4, device=device)
+        buffer = torch.ones((2**32 if self.on_gpu else max(_cold_bytes(device), 2**30)) // 4, device=device)
         products = 2 * size**3 / 1e9
+        if self.on_gpu:
+            target, size_gb = torch.empty_like(buffer.uniform_()), buffer.numel() * 4 / 1e9
+            # Neither torch's copy nor its elementwise kernel is sure to be the faster.
+            copy_s = min(
+                _best_s(lambda: target.copy_(buffer), device), _best_s(lambda: torch.neg(buffer, out=target), device)
+            )
+            int8_s = _best_s(lambda: torch._int_mm(codes, codes.T), device)
+            return {
+                "read_bandwidth_gbps": Measurement(size_gb / _best_s(buffer.sum, device), "GB/s"),
+                "copy_bandwidth_gbps": Measurement(2 * size_gb / copy_s, "GB/s", "reads and writes"),
+                "int8_rate_gops": Measurement(products / int8_s, "GOP/s"),
+            }
+        floats = torch.randn(size, size, device=device)
+        flexq = FlexQLinear.from_linear(nn.Linear(size, size, bias=False, device=device))
         # No library is sure to reach the processor's rate with INT8, so the fastest product found here stands for it.
         int8_s = min(_best_s(lambda: torch._int_mm(codes, codes.T), device), _best_s(lambda: flexq(floats), device))
         return {
@@ -179,9 +217,12 @@ class KernelStudy:
     def _time(self, shape: Shape, method: str, tokens: int) -> dict[str, Measurement]:
         if self._layers is None or (self._layers.shape, self._layers.method) != (shape, method):
             self._layers = None  # before others are made: both need not fit
-            self._layers = _ColdLayers(shape, method, self.activation_bits, self.run.device, self.seed)
+            layers = kernels_gpu.GpuLayers if self.on_gpu else _ColdLayers
+            self._layers = layers(shape, method, self.activation_bits, self.run.device, self.seed)
         generator = torch.Generator().manual_seed(self.seed + tokens)
-        x = torch.randn(tokens, shape[1], generator=generator).to(self.run.device)
+        x = torch.randn(tokens, shape[1], generator=generator)
+        if self.on_gpu:
+            return self._layers.measure(x, self.repeats, ERROR_BOUNDS.get(method, FLEXQ_ERROR_BOUND))
         error = _checked_error(self._layers, x)
         layers, engine = self._layers.for_input(x)
         times, preempted = _times_us(layers, x.to(self._layers.dtype), self.repeats)
@@ -204,6 +245,8 @@ class _ColdLayers:
 
     def __init__(self, shape: Shape, method: str, activation_bits: int, device: str, seed: int) -> None:
         """Raises Skipped where this machine cannot run the method."""
+        if method in kernels_gpu.LIBRARIES:
+            raise Skipped(f"{method} runs on NVIDIA GPUs only")
         self.shape, self.method, self.device = shape, method, torch.device(device)
         self.activation_bits = activation_bits
         outputs, features = shape
@@ -211,8 +254,7 @@ class _ColdLayers:
         self.linear = nn.Linear(features, outputs, bias=False, device="meta").to_empty(device=device)
         self.linear.requires_grad_(False)
         self.linear.weight.copy_(torch.randn(outputs, features, generator=generator) / math.sqrt(features))
-        flexq_dtype = torch.float16 if self.device.type == "cuda" else torch.float32
-        self.dtype = _TORCH_DTYPES.get(method, flexq_dtype if method in ops.BACKENDS else torch.float32)
+        self.dtype = kernels_gpu.DTYPES.get(method, torch.float32)
         self._made: dict[str, list[nn.Module]] = {engine: [self._make(engine)] for engine in self._engines()}
 
     def first(self) -> list[nn.Module]:
@@ -234,8 +276,6 @@ class _ColdLayers:
     def _engines(self) -> list[str]:
         if self.method != "torch-int8":
             return [""]
-        if self.device.type != "cpu":
-            raise Skipped("torch's dynamic INT8 runs on processors only")
         supported = [e for e in _INT8_ENGINES if e in torch.backends.quantized.supported_engines]
         if not supported:
             raise Skipped("this torch has no engine for dynamic INT8")
@@ -259,15 +299,20 @@ class _ColdLayers:
 
 
 def read_shapes(text: str) -> tuple[Shape, ...]:
-    """`demo`, `paper`, or NxK comma-separated, as N × K; ValueError says what is accepted."""
-    named = {"demo": DEMO_SHAPES, "paper": paper.kernel_shapes()}
+    """`demo`, `paper`, `paper-a8`, or NxK comma-separated, as N × K; ValueError says what is accepted."""
+    sensitive = paper.kernel_speedups().query("activation_bits == 8")[["outputs", "features"]].drop_duplicates()
+    named = {
+        "demo": DEMO_SHAPES,
+        "paper": paper.kernel_shapes(),
+        "paper-a8": tuple(sensitive.itertuples(index=False, name=None)),
+    }
     if text in named:
         return named[text]
     items = [item.strip() for item in text.split(",") if item.strip()]
     for item in items or [text]:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", item, re.ASCII):
             raise ValueError(
-                f"shapes holds {item!r}; accepted: demo, paper, or outputs x features such as 4096x4096,11008x4096"
+                f"shapes holds {item!r}; accepted: demo, paper, paper-a8, or outputs x features such as 4096x4096,11008x4096"
             )
     return tuple(dict.fromkeys(tuple(map(int, item.split("x"))) for item in items))
 
@@ -275,129 +320,142 @@ def read_shapes(text: str) -> tuple[Shape, ...]:
 def limits_us(shape: Shape, tokens: int, machine: dict[str, float]) -> dict[str, float]:
     """The least time a 6-bit layer could take on this machine, in microseconds.
 
-    byte_limit_us: its weights with their scales, float32 activations in and outputs out, at the bandwidth of reading.
-    compute_limit_us: 2 M N K operations at the measured INT8 rate.  limit_us: the larger.
+    byte_limit_us: its weights with their scales, activations in and outputs out (float32; on a GPU float16), at the bandwidth
+    of reading, on a GPU of copying.  compute_limit_us: 2 M N K operations at the measured INT8 rate.  limit_us: the larger.
     """
     outputs, features = shape
-    size = outputs * features * BITS_PER_WEIGHT / 8 + 4 * tokens * (outputs + features)
-    read_us = size / machine["read_bandwidth_gbps"] / 1e3
+    bandwidth = machine.get("copy_bandwidth_gbps", machine["read_bandwidth_gbps"])
+    read_us = _bytes_moved(shape, tokens, BITS_PER_WEIGHT, machine) / bandwidth / 1e3
     compute_us = 2 * tokens * outputs * features / machine["int8_rate_gops"] / 1e3
     return {"byte_limit_us": read_us, "compute_limit_us": compute_us, "limit_us": max(read_us, compute_us)}
 
 
-def speedups(table: pd.DataFrame) -> pd.DataFrame:
-    """FlexQ's fastest backend over the baseline: {outputs, features, tokens, method, baseline, speedup}.
+def _bytes_moved(shape: Shape, tokens: int, bits: float, machine: dict[str, float]) -> float:
+    outputs, features = shape
+    float_bytes = 2 if "copy_bandwidth_gbps" in machine else 4
+    return outputs * features * bits / 8 + float_bytes * tokens * (outputs + features)
 
-    baseline: the first of BASELINES that was measured. Empty without one, or without FlexQ.
+
+def tabulate(rows: list[dict[str, Any]], machine: dict[str, float]) -> pd.DataFrame:
+    """Measured cases with their limits; see `KernelStudy.table`. machine: what `KernelStudy.machine` found."""
+    for row in rows:
+        row |= limits_us((row["outputs"], row["features"]), row["tokens"], machine)
+    table = pd.DataFrame(rows)
+    on_gpu = "copy_bandwidth_gbps" in machine
+    times = ["median_us", "p10_us", "p90_us", *(["gemm_us", "gemm_p10_us", "gemm_p90_us"] if on_gpu else [])]
+    for name in (*times, "error", "gbps", "gops"):
+        if name not in table:
+            table[name] = math.nan
+    if on_gpu:
+        table = _on_gpu(table, machine)
+    table["over_limit"] = table["gemm_us" if on_gpu else "median_us"] / table["limit_us"]
+    first = ["method", "outputs", "features", "tokens", *times, "limit_us", "over_limit"]
+    return table[first + [name for name in table if name not in first]]
+
+
+def _on_gpu(table: pd.DataFrame, machine: dict[str, float]) -> pd.DataFrame:
+    """With {gbps, gops, bandwidth_share} of the product alone, and layer times where a layer is no more than its product.
+
+    bandwidth_share: a method's own bytes, at its own width, by time and the measured bandwidth of copying.
     """
-    keys = ["outputs", "features", "tokens"]
-    measured = table.dropna(subset=["median_us"])
-    baseline = next((name for name in BASELINES if name in set(measured["method"])), None)
-    flexq = measured[measured["method"].isin(ops.BACKENDS)].sort_values("median_us").drop_duplicates(keys)
-    base = measured[measured["method"] == baseline]
-    both = flexq.merge(base[[*keys, "median_us"]], on=keys, suffixes=("", "_base")).sort_values(keys)
-    both = both.assign(baseline=baseline, speedup=both["median_us_base"] / both["median_us"])
-    return both[[*keys, "method", "baseline", "speedup"]].reset_index(drop=True)
+    table = table.copy()
+    plain = table["method"].isin([*kernels_gpu.DTYPES, "torchao-int8wo"])
+    for name in ("median_us", "p10_us", "p90_us"):
+        table.loc[plain, name] = table.loc[plain, "gemm_us" if name == "median_us" else f"gemm_{name}"]
+    weights = table["outputs"] * table["features"]
+    bits = table["method"].map(lambda method: _BITS.get(method, BITS_PER_WEIGHT))
+    moved = [
+        _bytes_moved((row.outputs, row.features), row.tokens, _BITS.get(row.method, BITS_PER_WEIGHT), machine)
+        for row in table.itertuples()
+    ]
+    table["gbps"] = weights * bits / 8 / table["gemm_us"] / 1e3
+    table["gops"] = 2 * table["tokens"] * weights / table["gemm_us"] / 1e3
+    table["bandwidth_share"] = moved / table["gemm_us"] / 1e3 / machine["copy_bandwidth_gbps"]
+    return table
 
 
-def title(method: str) -> str:
-    """A method's name in figures."""
-    return f"FlexQ, {method}" if method in ops.BACKENDS else method.replace("torch-", "torch ").replace("int8", "INT8")
-
-
-_COLOURS = {
-    "cpu": figures.MAIN,
-    "reference": figures.SEQUENCE[4],
-    "simulate": figures.SEQUENCE[5],
-    "torch-fp32": figures.INK,
-    "torch-fp16": figures.NEUTRAL,
-    "torch-bf16": figures.SEQUENCE[2],
-    "torch-int8": figures.ACCENT,
-}
-_MARKERS = "osD^vPX*"
-
-
-def plot_times(table: pd.DataFrame) -> Figure:
-    """Time by tokens, a line a method and the limit, a panel a shape; the first four shapes."""
-    shapes = list(table[["outputs", "features"]].drop_duplicates().itertuples(index=False, name=None))[:4]
-    columns, lines = min(2, len(shapes)), math.ceil(len(shapes) / 2)
-    size = (max(figures.HALF_PAGE[0], 3.4 * columns), 2.5 * lines + 0.6)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
-    for axis, shape in zip(axes.flat, shapes, strict=False):
-        _plot_shape(axis, table[(table["outputs"] == shape[0]) & (table["features"] == shape[1])])
-        axis.set_title(f"{shape[0]} × {shape[1]}")
-    for axis in axes.flat[len(shapes) :]:
-        axis.set_visible(False)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("time (µs)")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    return figure
-
-
-def _plot_shape(axis: Axes, mine: pd.DataFrame) -> None:
-    for index, (method, rows) in enumerate(mine.dropna(subset=["median_us"]).groupby("method", sort=False)):
-        spread = (rows["median_us"] - rows["p10_us"], rows["p90_us"] - rows["median_us"])
-        style = {"color": _COLOURS.get(method, figures.SEQUENCE[3]), "marker": _MARKERS[index % len(_MARKERS)]}
-        axis.errorbar(rows["tokens"], rows["median_us"], yerr=spread, label=title(method), markersize=4, **style)
-    limit = mine.drop_duplicates("tokens")
-    axis.plot(limit["tokens"], limit["limit_us"], "--", color=figures.INK, linewidth=1, label="limit of this machine")
-    axis.set(xscale="log", yscale="log", xlabel="tokens")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axis.yaxis.set_major_formatter("{x:,.0f}")
-    axis.set_xticks(limit["tokens"], map(str, limit["tokens"]))
-    axis.minorticks_off()
-
-
-def plot_speedups(table: pd.DataFrame) -> Figure:
-    """Speed-up of FlexQ's fastest backend by shape, a colour a number of tokens, beside the paper's on its GPU."""
-    found = speedups(table)
-    shapes = list(table[["outputs", "features"]].drop_duplicates().itertuples(index=False, name=None))
-    published = paper.kernel_speedups().query("kernel == 'flexq'")
-    tokens = sorted(table["tokens"].unique())
-    offsets = np.linspace(-0.25, 0.25, len(tokens)) if len(tokens) > 1 else [0.0]
-    figure, axis = plt.subplots(figsize=(figures.HALF_PAGE[0], 1.6 + 0.4 * len(shapes)), layout="constrained")
-    for index, (count, offset) in enumerate(zip(tokens, offsets, strict=True)):
-        colour = figures.SEQUENCE[index % len(figures.SEQUENCE)]
-        plural = "s" if count > 1 else ""
-        for rows, marker, face, whose in ((found, "o", colour, "here"), (published, "D", "none", "the paper's GPU")):
-            mine = rows[rows["tokens"] == count]
-            places = [
-                (row.speedup, shapes.index((row.outputs, row.features)) + offset)
-                for row in mine.itertuples()
-                if (row.outputs, row.features) in shapes
-            ]
-            if places:
-                label = f"{count} token{plural}, {whose}"
-                axis.plot(*zip(*places, strict=True), marker, color=colour, markerfacecolor=face, label=label)
-    axis.axvline(1, color=figures.INK, linewidth=1)
-    axis.set_yticks(range(len(shapes)), [f"{n} × {k}" for n, k in shapes])
-    axis.set_ylim(len(shapes) - 0.5, -0.5)
-    over = title(found["baseline"].iloc[0]) if len(found) else "a baseline (none measured)"
-    axis.set(xlabel=f"speed-up over {over}; the paper's over INT8 cuBLAS", xscale="log")
-    ticks = [t for t in (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8) if axis.get_xlim()[0] <= t <= axis.get_xlim()[1]]
-    axis.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
-    axis.minorticks_off()
-    figure.legend(loc="outside lower center", ncols=2)
-    return figure
+def recorded(records: pd.DataFrame) -> dict[tuple[str, int], pd.DataFrame]:
+    """What records of GPUs say, of this machine or another: (card, activation bits) → a table as `KernelStudy.table` makes it."""
+    times = gpu_kernel_times(records)
+    limits = records[(records["study"] == "03_kernels") & (records["method"] == "limits")].sort_values("time")
+    tables = {}
+    for (card, bits), flexq in times.dropna(subset=["activation_bits"]).groupby(["device", "activation_bits"]):
+        mine = times[(times["device"] == card) & times["activation_bits"].isin([bits, math.nan])]
+        mine = mine.merge(flexq[["outputs", "features"]].drop_duplicates(), on=["outputs", "features"])
+        found = limits[limits["device"] == card]
+        machine = dict(zip(found["metric"], found["value"], strict=True))
+        if "copy_bandwidth_gbps" in machine:
+            rows = mine.drop(columns=["device", "activation_bits"]).to_dict("records")
+            tables[card, int(bits)] = tabulate(rows, machine).assign(skipped="")
+    return tables
 
 
 AT_MOST_OVER_INT8 = 1.1
 """How much longer than torch's dynamic INT8 FlexQ's CPU kernel may take for one token, the geometric mean over shapes."""
 AT_MOST_PREEMPTIONS = 0.25
 """Preemptions a call above which a machine is too busy to tell: on a quiet one there are hardly any."""
+AT_LEAST_ON_H200 = {"cublaslt-fp8": 1.35, "torch-fp16": 2.3, "cublas-int8": 1.8}
+"""Library → FlexQ's speed-up over it, products alone, the geometric mean over shapes and 1, 4 and 8 tokens."""
+LEAST_BANDWIDTH = 0.9
+"""Share of the measured bandwidth of copying that the product reaches on the largest shapes with up to 16 tokens."""
 
 
-def claims(table: pd.DataFrame) -> list[tuple[str, bool | None, str]]:
-    """What this study claims, as (claim, whether the table bears it out, the numbers); None where it cannot tell."""
-    measured = table.dropna(subset=["median_us"])
+def claims(table: pd.DataFrame, card: str = "") -> list[tuple[str, bool | None, str]]:
+    """What this study claims, as (claim, whether the table bears it out, the numbers); None where it cannot tell.
+
+    card: the GPU's name, where the table is of one.
+    """
+    measured = table.dropna(subset=["gemm_us" if card else "median_us"])
     share = measured["error"] / [ERROR_BOUNDS.get(method, FLEXQ_ERROR_BOUND) for method in measured["method"]]
+    if "definition_error" in measured:
+        share = np.fmax(share, measured["definition_error"] / kernels_gpu.DEFINITION_BOUND)
     text = "every method's product is right: its relative error against float32 is within its bound"
     right: tuple[str, bool | None, str] = (text, None, "nothing could be measured here")
     if len(measured):
         worst = measured.loc[share.idxmax()]
         right = (text, bool((share <= 1).all()), f"nearest to its bound: {worst['method']}, {worst['error']:.2%}")
-    return [right, _speed_claim(measured)]
+    return [right, *_gpu_claims(measured, card)] if card else [right, _speed_claim(measured)]
+
+
+def _gpu_claims(measured: pd.DataFrame, card: str) -> list[tuple[str, bool | None, str]]:
+    """What is claimed of an H200 with the paper's shapes; other cards and shapes have their numbers told."""
+    means = mean_speedups(measured)
+    lacking = "" if "H200" in card else f"claimed of an H200, this is {card}"
+    shapes = set(measured[["outputs", "features"]].itertuples(index=False, name=None))
+    if not shapes <= set(paper.kernel_shapes()):
+        lacking = "claimed of the paper's shapes, others were timed"
+    found = [_speedup_claim(means, baseline, least, lacking) for baseline, least in AT_LEAST_ON_H200.items()]
+    return [*found, _bandwidth_claim(measured, lacking)]
+
+
+def _speedup_claim(means: pd.DataFrame, baseline: str, least: float, lacking: str) -> tuple[str, bool | None, str]:
+    text = f"FlexQ's product is at least {least} times as fast as {title(baseline)}'s on an H200, the mean over shapes and decode"
+    mean = means[(means["baseline"] == title(baseline)) & means["decode"]]
+    if mean.empty:
+        return text, None, f"{title(baseline)} or FlexQ was not timed with 1, 4 or 8 tokens here"
+    row = mean.iloc[0]
+    told = (
+        f"{row['product']:.2f}× over {row['shapes']} shapes and {row['tokens']} tokens; {row['layer']:.2f}× with activation "
+        "quantisation"
+    )
+    return text, None if lacking else bool(row["product"] >= least), "; ".join(filter(None, (told, lacking)))
+
+
+def _bandwidth_claim(measured: pd.DataFrame, lacking: str) -> tuple[str, bool | None, str]:
+    largest = sorted(paper.kernel_shapes(), key=math.prod)[-2:]
+    named = " and ".join(f"{outputs} × {features}" for outputs, features in largest)
+    text = f"at {named} FlexQ's product reaches {LEAST_BANDWIDTH:.0%} of the measured bandwidth with up to 16 tokens on an H200"
+    shares = [
+        (row.bandwidth_share, f"{row.outputs} × {row.features}, {tokens} tokens")
+        for tokens in sorted(count for count in measured["tokens"].unique() if count <= 16)
+        for row in bandwidth_reached(measured, tokens).itertuples()
+        if row.method in ops.BACKENDS and (row.outputs, row.features) in largest
+    ]
+    if not shares:
+        return text, None, "these shapes were not timed here"
+    least, where = min(shares)
+    told = f"least {least:.1%}, {where}; {len(shares)} cases"
+    return text, None if lacking else bool(least >= LEAST_BANDWIDTH), "; ".join(filter(None, (told, lacking)))
 
 
 def _speed_claim(measured: pd.DataFrame) -> tuple[str, bool | None, str]:
@@ -517,33 +575,82 @@ def _torch_settings(threads: int) -> Iterator[None]:
         torch.backends.quantized.engine = engine
 
 
+def write_auto_table(tables: dict[tuple[str, int], pd.DataFrame], path: Path = auto.PATH) -> list[dict[str, Any]]:
+    """Write from how many tokens on `wgmma` is the faster for each layer timed (see runtime/auto.py); returns the new rows.
+
+    tables: what `recorded` gives. Rows of cards that it does not hold stay.
+    """
+    rows = {}
+    for (card, _), table in sorted(tables.items()):  # 6-bit activations first: where both were timed, they decide
+        for row in wgmma_wins(table).to_dict("records"):
+            rows.setdefault((card, row["outputs"], row["features"]), {"card": card, **row})
+    cards = {card for card, _ in tables}
+    kept = [row for row in json.loads(path.read_text(encoding="utf-8")) if row["card"] not in cards]
+    lines = [json.dumps(row) for row in (*kept, *rows.values())]
+    write_atomically(path, "[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n")
+    return list(rows.values())
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; see `--help`."""
     parser = argparse.ArgumentParser(prog="python -m flexq_core.studies.kernels", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[1, 8, 64, 512], help="batch sizes (default: 1 8 64 512)"
     )
-    parser.add_argument("--shapes", nargs="+", default=["demo"], help="NxK, or demo, or paper (default: demo)")
+    parser.add_argument("--shapes", nargs="+", default=["demo"], help="NxK, or demo, paper or paper-a8 (default: demo)")
     parser.add_argument("--activation-bits", type=int, choices=(6, 8), default=6, help="(default: 6)")
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=["auto", *_TORCH_BITS], help="(default: auto and torch's)"
+        "--methods", nargs="+", choices=("default", *METHODS), default=["default"], help="(default: the device's usual)"
     )
     parser.add_argument("--threads", type=int, default=0, help="(default: torch's)")
-    parser.add_argument("--repeats", type=int, default=30, help="timed calls each (default: 30)")
+    parser.add_argument("--repeats", type=int, default=30, help="timed calls each, or replays on a GPU (default: 30)")
+    parser.add_argument(
+        "--outputs",
+        metavar="FOLDER",
+        help="keep records in FOLDER/records and measure none of them again (default: none)",
+    )
+    parser.add_argument(
+        "--write-auto-table",
+        action="store_true",
+        help="write what `auto` takes from FOLDER's records; nothing is timed",
+    )
     options = vars(parser.parse_args(arguments))
+    folder, write_table = options.pop("outputs"), options.pop("write_auto_table")
+    if write_table:
+        tables = recorded(load_records(ROOT / folder)) if folder else {}
+        if not tables:
+            parser.error("--write-auto-table needs --outputs with records of a GPU")
+        print(pd.DataFrame(write_auto_table(tables)).to_string(index=False))
+        return 0
     for name in ("tokens", "shapes", "methods"):
         options[name] = ",".join(map(str, options[name]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run("03_kernels", options, device, Path(folder), Records("03_kernels", Path(folder), device))
+    with tempfile.TemporaryDirectory() as temporary:
+        place = ROOT / folder if folder else Path(temporary)
+        run = Run("03_kernels", options, device, place, Records("03_kernels", place, device))
         try:
             study = KernelStudy(run, **options)
         except ValueError as error:
             parser.error(str(error))
         table = study.table()
-    print(f"{study.threads} threads, weights cold, microseconds; over_limit: against what the machine allows")
-    print(table.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+        if folder:
+            path = run.records.path
+            write_jsonl(path, [record for record in read_jsonl(path) if is_current(record)])
+    _print(study, table)
     return 0
+
+
+def _print(study: KernelStudy, table: pd.DataFrame) -> None:
+    def show(rows: pd.DataFrame) -> None:
+        print(rows.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+
+    where = study.card or f"{study.threads} threads"
+    print(f"{where}, weights cold, microseconds; over_limit: against what the machine allows")
+    show(table)
+    if study.card:
+        show(mean_speedups(table))
+    for claim, holds, detail in claims(table, study.card):
+        print(f"{ {True: 'holds', False: 'FAILS', None: 'cannot tell'}[holds]:<12}{claim} ({detail})")
 
 
 if __name__ == "__main__":

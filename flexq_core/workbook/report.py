@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -99,6 +100,58 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     return shown
 
 
+def gpu_kernel_times(records: pd.DataFrame) -> pd.DataFrame:
+    """What 03_kernels has timed on GPUs, the newest of each case, one row each.
+
+    Columns: device, activation_bits (FlexQ's; NaN for libraries), outputs, features, tokens, method, and the metrics by name,
+    among them gemm_us, which only times of GPUs have.
+    """
+    mine = records[(records["study"] == "03_kernels") & (records["status"] == "ok")].sort_values("time", kind="stable")
+    cases: dict[tuple, dict] = {}
+    for row in mine.itertuples():
+        p = row.parameters
+        if "tokens" in p:
+            where = (
+                row.device,
+                p.get("activation_bits", float("nan")),
+                p["outputs"],
+                p["features"],
+                p["tokens"],
+                row.method,
+            )
+            cases.setdefault(tuple(map(str, where)), dict(zip(_KERNEL_CASE, where, strict=True)))[row.metric] = (
+                row.value
+            )
+    rows = [case for case in cases.values() if "gemm_us" in case]
+    return pd.DataFrame(rows, columns=None if rows else [*_KERNEL_CASE, "gemm_us", "median_us"])
+
+
+_KERNEL_CASE = ("device", "activation_bits", "outputs", "features", "tokens", "method")
+_LIBRARIES = {"torch-fp16": "cuBLAS FP16", "cublaslt-fp8": "cuBLASLt FP8", "cublas-int8": "cuBLAS INT8"}
+
+
+def kernel_table(records: pd.DataFrame) -> pd.DataFrame:
+    """FlexQ's speed-up on GPUs over each library, products alone, the geometric mean over shapes; empty without records.
+
+    A row a GPU, activation bits and tokens. By shape FlexQ's backend is the one whose layer is fastest with the fewest tokens.
+    """
+    times = gpu_kernel_times(records)
+    layer = ["device", "activation_bits", "outputs", "features"]
+    flexq = times.dropna(subset=["activation_bits"])
+    chosen = flexq.sort_values(["tokens", "median_us"], kind="stable").drop_duplicates(layer)[[*layer, "method"]]
+    flexq = flexq.merge(chosen, on=[*layer, "method"])
+    rows = []
+    for (device, bits, tokens), mine in flexq.groupby(["device", "activation_bits", "tokens"]):
+        shown = {"GPU": device, "activations": f"{bits:.0f} bits", "tokens": tokens, "shapes": len(mine)}
+        for method, name in _LIBRARIES.items():
+            theirs = times[(times["device"] == device) & (times["tokens"] == tokens) & (times["method"] == method)]
+            both = mine.merge(theirs, on=["outputs", "features"])
+            logs = (both["gemm_us_y"] / both["gemm_us_x"]).map(math.log)
+            shown[f"over {name}"] = f"{math.exp(logs.mean()):.2f}×" if len(logs) else "–"
+        rows.append(shown)
+    return pd.DataFrame(rows)
+
+
 def build_report(folder: Path | None = None) -> Path:
     """Write report.html from what has run; returns its path. Figures are inside: the page needs no network."""
     import jinja2
@@ -144,8 +197,18 @@ def readme_with_results(readme: str, records: pd.DataFrame) -> str:
     if table.empty:
         raise RecordError("there are no records of 02_accuracy to make the table from; `make reference` keeps them")
     table = readable(table).to_markdown(index=False, disable_numparse=True)
-    machine = ", ".join(sorted(records["device"].unique()))
-    return f"{before}{README_MARKS[0]}\n{table}\n\nMeasured on: {machine}.\n{README_MARKS[1]}{after}"
+    kernels = kernel_table(records)
+    machine = ", ".join(sorted(records.loc[records["study"] != "03_kernels", "device"].unique()))
+    text = f"{table}\n\nMeasured on: {machine}.\n"
+    if len(kernels):
+        text += f"\n{_KERNELS_TOLD}\n\n{kernels.to_markdown(index=False, disable_numparse=True)}\n"
+    return f"{before}{README_MARKS[0]}\n{text}{README_MARKS[1]}{after}"
+
+
+_KERNELS_TOLD = (
+    "How many times as fast FlexQ's product is as each library's, the geometric mean over shapes, weights cold, quantisation of\n"
+    "activations apart for all:"
+)
 
 
 def _paper_rows(records: pd.DataFrame, kind: str) -> list[dict[str, str]]:

@@ -1,15 +1,20 @@
 """Kernel times: parameters are refused before anything runs, what is on record is not timed again, claims read the table."""
 
+import json
 import math
+from unittest import mock
 
 import pandas as pd
 import pytest
 import torch
 
 from flexq_core.sources import paper
-from flexq_core.studies import kernels
-from flexq_core.studies.kernels import KernelStudy, claims, limits_us, read_shapes, speedups
-from flexq_core.workbook.records import Measurement, Skipped, read_jsonl
+from flexq_core.studies import kernels, kernels_compared, kernels_gpu
+from flexq_core.studies.kernels import KernelStudy, claims, limits_us, read_shapes
+from flexq_core.studies.kernels_compared import speedups
+from flexq_core.workbook.records import Measurement, Records, Skipped, load_records, read_jsonl
+from flexq_core.workbook.report import kernel_table
+from flexq_core.workbook.run import Run
 from tests.runs import run_of
 
 SMALL = {
@@ -44,7 +49,11 @@ def _quick(monkeypatch):
             r"no method is called 'torch-in8' \(did you mean 'torch-int8'\?\); accepted: auto, ref",
         ),
         ("methods", "", "no method is given; accepted: auto"),
-        ("shapes", "4096", "shapes holds '4096'; accepted: demo, paper, or outputs x features such as 4096x4096"),
+        (
+            "shapes",
+            "4096",
+            "shapes holds '4096'; accepted: demo, paper, paper-a8, or outputs x features such as 4096x4096",
+        ),
         ("shapes", "papr", "shapes holds 'papr'; accepted: demo, paper"),
         ("shapes", "4096x0", "shapes holds '4096x0'; accepted"),
         ("shapes", "64x128,64×128", "shapes holds '64×128'; accepted"),
@@ -68,7 +77,8 @@ def test_a_bad_value_is_refused_before_anything_is_computed(run, name, value, te
 
 def test_shapes_are_the_papers_a_few_or_ones_own():
     assert read_shapes("paper") == paper.kernel_shapes() and len(read_shapes("paper")) == 20
-    assert set(read_shapes("demo")) <= set(read_shapes("paper"))
+    assert set(read_shapes("demo")) | set(read_shapes("paper-a8")) <= set(read_shapes("paper"))
+    assert len(read_shapes("paper-a8")) == 5 and (8192, 28672) in read_shapes("paper-a8")
     assert read_shapes("64x128, 96x200,64x128") == ((64, 128), (96, 200))
 
 
@@ -234,10 +244,10 @@ def test_speed_ups_are_of_the_fastest_backend_over_the_first_baseline_there_is()
     "table", [times(cpu=(50, 200), torch_int8=(100, 100)), times(cpu=(50, 200)), times(torch_int8=(math.nan, math.nan))]
 )
 def test_figures_have_units_and_the_papers_marks(table):
-    panels = kernels.plot_times(table).axes
+    panels = kernels_compared.plot_times(table).axes
     assert [axis.get_title() for axis in panels] == ["4096 × 4096", "11008 × 4096"]
     assert panels[0].get_xlabel() == "tokens" and panels[0].get_ylabel() == "time (µs)"
-    figure = kernels.plot_speedups(table)
+    figure = kernels_compared.plot_speedups(table)
     assert "speed-up over" in figure.axes[0].get_xlabel()
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert "1 token, the paper's GPU" in labels
@@ -254,3 +264,302 @@ def test_the_command_line_times_and_keeps_no_record(capsys, monkeypatch, tmp_pat
     with pytest.raises(SystemExit):
         kernels.main(["--shapes", "64"])
     assert "shapes holds '64'; accepted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", kernels_gpu.LIBRARIES)
+def test_a_gpus_libraries_are_skipped_on_a_processor(run, method):
+    (row,) = KernelStudy(run, shapes="64x128", tokens="1", methods=method).table().to_dict("records")
+    assert row["skipped"] == f"{method} runs on NVIDIA GPUs only" and math.isnan(row["median_us"])
+
+
+def test_the_usual_methods_are_the_devices(run):
+    assert KernelStudy(run, methods="default").methods[1:] == ["torch-fp32", "torch-bf16", "torch-int8"]
+    run.device = "cuda"
+    methods = KernelStudy(run, methods="default").methods
+    assert (
+        methods[:3] == ["imma", "wgmma", "bmma"]
+        and set(kernels_gpu.LIBRARIES) < set(methods)
+        and "torch-int8" not in methods
+    )
+    assert set(methods) <= set(kernels_gpu.METHODS)
+    assert set(kernels.ERROR_BOUNDS) | set(kernels.ops.BACKENDS) == set(kernels.METHODS)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU that is not there: what runs on it runs on the processor, FlexQ's kernels as their definition, in no time."""
+
+    def linear(records, tokens, chunks, exponent, bias, bits, backend, out):
+        return out.copy_(
+            kernels_gpu.ops.w6ax_linear(records, chunks, *scales[backend], bias, 6, bits, 128, "reference")
+        )
+
+    def prepare(layer):
+        scales[layer.backend] = layer.weight_scale, layer.weight_exponent
+        return layer.backend, layer.weight
+
+    def replayed(launches, replays):
+        assert len(launches) >= 3 and len({launch().shape for launch in launches}) == 1
+        return torch.linspace(1, 2, replays, dtype=torch.float64)
+
+    scales = {}
+    facts = type("Facts", (), {"L2_cache_size": 2**14, "name": "NVIDIA H200"})
+    provenance = {"device": facts.name, "driver": "1", "time": "2026-01-01T00:00:00+00:00"}
+    provenance |= {"git_commit": None, "dirty": None, "versions": {}}
+    monkeypatch.setattr("flexq_core.workbook.records.provenance", lambda device: provenance)
+    monkeypatch.setattr(kernels, "provenance", lambda device: provenance)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels_gpu.ops, "resolve_backend", lambda backend, *_: backend)
+    monkeypatch.setattr(kernels_gpu.FlexQLinear, "prepare", prepare)
+    monkeypatch.setattr(kernels_gpu.cuda, "quantize_activation", lambda x, bits, backend: x)
+    monkeypatch.setattr(kernels_gpu.cuda, "linear", linear)
+    monkeypatch.setattr(
+        kernels_gpu.ops,
+        "w6ax_linear_repacked",
+        lambda x, chunks, e, b, bits, backend: linear(x, 0, chunks, e, b, bits, backend, x.new_empty(len(x), len(e))),
+    )
+    monkeypatch.setattr(kernels_gpu, "replayed_us", replayed)
+    layers = kernels_gpu.GpuLayers
+    monkeypatch.setattr(
+        kernels_gpu, "GpuLayers", lambda shape, method, bits, device, seed: layers(shape, method, bits, "cpu", seed)
+    )
+    rates = {"read_bandwidth_gbps": 4300.0, "copy_bandwidth_gbps": 4200.0, "int8_rate_gops": 1.3e6}
+    monkeypatch.setattr(KernelStudy, "_rates", lambda self: {name: Measurement(v, "1") for name, v in rates.items()})
+    return facts.name
+
+
+@pytest.fixture
+def gpu_run(card, tmp_path):
+    return Run("03_kernels", {}, "cuda", tmp_path, Records("03_kernels", tmp_path, "cuda"))
+
+
+GPU = {"shapes": "64x256,96x384", "tokens": "1,5,33", "methods": "default", "repeats": 5}
+
+
+def test_every_method_of_a_gpu_is_right_and_timed_alone_and_in_its_layer(gpu_run, monkeypatch):
+    monkeypatch.setitem(kernels_gpu.METHODS, "torchao-int8wo", refuse_torchao)
+    study = KernelStudy(gpu_run, **GPU)
+    table = study.table().set_index("method")
+    assert study.card == "NVIDIA H200"
+    assert set(table.loc["torchao-int8wo", "skipped"]) == {"torchao is not there"}
+    timed = table[table["skipped"] == ""]
+    assert set(timed.index) == {"imma", "wgmma", "bmma", "torch-fp16", "torch-bf16", "cublas-int8", "cublaslt-fp8"}
+    assert (timed["gemm_us"] == 1.5).all() and (timed["gemm_p10_us"] < timed["gemm_p90_us"]).all()
+    assert timed.loc[["cublas-int8", "cublaslt-fp8"], "median_us"].isna().all()
+    assert (timed.loc[["imma", "torch-fp16"], "median_us"] == 1.5).all()
+    assert timed.loc[["imma", "bmma"], "definition_error"].max() <= kernels_gpu.DEFINITION_BOUND
+    assert (timed["error"] > 0).all()
+    size = 64 * 256 * 6.125 / 8 + 2 * 5 * (64 + 256)
+    first = timed[(timed["tokens"] == 5) & (timed["outputs"] == 64)].loc["imma"]
+    assert math.isclose(first["byte_limit_us"], size / 4200e9 * 1e6)
+    assert math.isclose(first["bandwidth_share"], first["byte_limit_us"] / 1.5)
+    assert math.isclose(first["over_limit"], 1.5 / first["limit_us"])
+
+
+def refuse_torchao(weight, bits, method):
+    raise Skipped("torchao is not there")
+
+
+def test_what_a_gpu_keeps_is_the_table_again_anywhere(gpu_run, monkeypatch):
+    monkeypatch.setitem(kernels_gpu.METHODS, "torchao-int8wo", refuse_torchao)
+    table = KernelStudy(gpu_run, **GPU).table()
+    records = load_records(gpu_run.outputs)
+    (((name, bits), kept),) = kernels.recorded(records).items()
+    assert (name, bits) == ("NVIDIA H200", 6)
+    order = ["method", "outputs", "features", "tokens"]
+    timed = table[table["skipped"] == ""]
+    pd.testing.assert_frame_equal(
+        kept.sort_values(order, ignore_index=True)[timed.columns], timed.sort_values(order, ignore_index=True)
+    )
+    note = next(
+        r.reason for r in read_jsonl(gpu_run.records.path) if r.method == "cublas-int8" and r.metric == "gemm_us"
+    )
+    assert note.startswith("operands quantised before") and note.endswith(" rows")
+    told = kernel_table(records)
+    assert told["over cuBLAS INT8"].tolist() == ["1.00×"] * 3 and told["tokens"].tolist() == [1, 5, 33]
+
+
+def test_a_wrong_product_of_a_gpu_is_not_timed(gpu_run, monkeypatch):
+    monkeypatch.setattr(kernels_gpu, "replayed_us", lambda *_: pytest.fail("timed"))
+    right = kernels_gpu.cuda.linear
+    monkeypatch.setattr(kernels_gpu.cuda, "linear", lambda *operands: right(*operands).mul_(1.001))
+    with pytest.raises(RuntimeError, match="imma is wrong at 64x256, 1 tokens: relative error 0.00.* its definition"):
+        KernelStudy(gpu_run, **GPU | {"methods": "imma"}).table()
+    monkeypatch.setattr(kernels_gpu.cuda, "linear", lambda *operands: operands[-1])  # writes nothing: NaN
+    with pytest.raises(RuntimeError, match="relative error nan"):
+        KernelStudy(gpu_run, **GPU | {"methods": "bmma"}).table()
+
+
+def test_what_a_gpu_cannot_replay_or_refuses_is_skipped(gpu_run, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("K must be a multiple of 16\nat a.cpp")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    table = KernelStudy(gpu_run, shapes="64x256", tokens="1", methods="reference,torch-int8,cublaslt-fp8").table()
+    reasons = table.set_index("method")["skipped"]
+    assert "no CUDA graph can replay it" in reasons["reference"] and "on processors" in reasons["torch-int8"]
+    assert reasons["cublaslt-fp8"] == "cublaslt-fp8 refuses 64x256: K must be a multiple of 16"
+    assert claims(table, gpu_run.device)[0][1] is None
+
+
+def test_copies_of_a_gpus_weights_exceed_twice_its_cache(card):
+    layers = kernels_gpu.GpuLayers((64, 256), "torch-fp16", 6, "cuda", 0)
+    assert len(layers.copies) == 3 and len({copy.data_ptr() for copy in layers.copies}) == 3
+    small = kernels_gpu.GpuLayers((16, 128), "torch-fp16", 6, "cuda", 0)
+    assert (len(small.copies) - 1) * 16 * 128 * 2 >= 2 * 2**14
+
+
+def gpu_times(shapes=None, tokens=(1, 4, 8, 16), **methods) -> pd.DataFrame:
+    """A GPU's table: method → µs a byte limit's µs, the product; FlexQ's layers take a microsecond more."""
+    machine = {"read_bandwidth_gbps": 4300.0, "copy_bandwidth_gbps": 4200.0, "int8_rate_gops": 1.3e6}
+    rows = [
+        {"method": name.replace("_", "-"), "outputs": n, "features": k, "tokens": count, "gemm_us": us, "error": 1e-3}
+        | {"gemm_p10_us": us, "gemm_p90_us": us}
+        | ({"median_us": us + 1, "p10_us": us, "p90_us": us + 1, "definition_error": 1e-5} if "mma" in name else {})
+        for n, k in shapes or paper.kernel_shapes()
+        for name, over in methods.items()
+        for count in tokens
+        for us in [over * limits_us((n, k), count, machine)["limit_us"]]
+    ]
+    return kernels.tabulate(rows, machine)
+
+
+H200 = {"imma": 1.05, "bmma": 1.2, "torch_fp16": 2.7, "cublaslt_fp8": 1.5, "cublas_int8": 2.0}
+
+
+def verdicts(table, card="NVIDIA H200"):
+    return [holds for _, holds, _ in claims(table, card)]
+
+
+def test_claims_of_an_h200_are_means_over_shapes_and_the_bandwidth_of_the_largest():
+    found = claims(gpu_times(**H200), "NVIDIA H200")
+    assert [holds for _, holds, _ in found] == [True] * 5
+    assert found[1][2].startswith("1.43× over 20 shapes and 1, 4, 8 tokens; 1.3") and "quantisation" in found[1][2]
+    assert found[4][2].startswith("least 95.2%, ") and found[4][2].endswith("; 8 cases")
+    assert verdicts(gpu_times(**H200 | {"imma": 1.15})) == [True, False, True, False, False]
+    assert verdicts(gpu_times(**H200).assign(definition_error=1e-3)) == [False, True, True, True, True]
+
+
+def test_other_cards_and_shapes_have_numbers_and_no_verdict():
+    found = claims(gpu_times(**H200), "NVIDIA A100")
+    assert [holds for _, holds, _ in found] == [True] + [None] * 4
+    assert all("claimed of an H200, this is NVIDIA A100" in detail for _, _, detail in found[1:])
+    assert found[1][2].startswith("1.43×")
+    other = claims(gpu_times(shapes=[(64, 128)], **H200), "NVIDIA H200")
+    assert [holds for _, holds, _ in other] == [True] + [None] * 4
+    assert other[1][2].endswith("others were timed") and other[4][2] == "these shapes were not timed here"
+    missing = claims(gpu_times(imma=1.05), "NVIDIA H200")
+    assert missing[1][1:] == (None, "cuBLASLt FP8 or FlexQ was not timed with 1, 4 or 8 tokens here")
+
+
+def test_on_a_gpu_a_cases_backend_is_the_faster_of_those_that_auto_chooses_from():
+    table = gpu_times(shapes=[(64, 128)], imma=1.2, wgmma=1.3, bmma=1.1, torch_fp16=2.4)
+    table.loc[(table["method"] == "wgmma") & (table["tokens"] == 8), ["gemm_us", "median_us"]] /= 3
+    found = speedups(table, "torch-fp16").set_index("tokens")
+    assert found["method"].to_dict() == {tokens: "wgmma" if tokens == 8 else "imma" for tokens in found.index}
+
+
+def test_a_gpus_figures_fit_half_a_page_and_show_the_papers_marks():
+    table = gpu_times(**H200)
+    assert len(kernels_compared.plot_times(table).axes) == 4
+    made = list(kernels_compared.gpu_figures(table, "here"))
+    assert [name for _, name, _ in made] == [
+        "speedups-torch-fp16",
+        "speedups-cublaslt-fp8",
+        "speedups-cublas-int8",
+        "bandwidth",
+    ]
+    for figure, _, caption in made:
+        assert figure.get_size_inches()[0] <= 4.6 and "here" in caption
+        assert figure.axes[0].get_yticklabels()[0].get_text() == "12288 × 4096"
+    labels = [text.get_text() for text in made[0][0].legends[0].get_texts()]
+    assert "8 tokens, here" in labels and "8 tokens, the paper's GPU" in labels and "16 tokens, here" not in labels
+    assert "bandwidth reached, 1 token (% of copying)" in made[3][0].axes[0].get_xlabel()
+
+
+def test_the_auto_table_holds_from_where_on_wgmma_is_faster_for_good(tmp_path):
+    path = tmp_path / "auto.json"
+    path.write_text('[{"card": "another", "wgmma_from": 7}, {"card": "NVIDIA H200", "wgmma_from": 1}]')
+
+    def rows(features, imma, wgmma):
+        return [
+            {"outputs": 64, "features": features, "tokens": tokens, "method": method, "median_us": time}
+            for method, times in (("imma", imma), ("wgmma", wgmma))
+            for tokens, time in zip((1, 8, 64), times, strict=True)
+        ]
+
+    table = pd.DataFrame(
+        rows(128, (1, 5, 9), (2, 6, 8)) + rows(256, (1, 2, 3), (0.5, 3, 4)) + rows(512, (2, 2, 2), (1, 1, 1))
+    )
+    found = kernels.write_auto_table({("NVIDIA H200", 6): table}, path)
+    assert [(row["features"], row["wgmma_from"]) for row in found] == [(128, 64), (256, None), (512, 1)]
+    assert json.loads(path.read_text()) == [{"card": "another", "wgmma_from": 7}, *found]
+
+
+def test_the_command_line_keeps_a_gpus_records_and_makes_the_table_from_them(card, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kernels.auto, "PATH", tmp_path / "auto.json")
+    (tmp_path / "auto.json").write_text("[]")
+    monkeypatch.setattr(kernels.write_auto_table, "__defaults__", (tmp_path / "auto.json",))
+    folder = str(tmp_path / "h200")
+    arguments = [
+        "--outputs",
+        folder,
+        "--shapes",
+        "64x256",
+        "--tokens",
+        "1",
+        "8",
+        "--methods",
+        "imma",
+        "wgmma",
+        "torch-fp16",
+    ]
+    assert kernels.main([*arguments, "--repeats", "7"]) == 0
+    told = capsys.readouterr().out
+    assert "NVIDIA H200, weights cold" in told and "cannot tell" in told and "cuBLAS FP16" in told
+    first = read_jsonl(tmp_path / "h200" / "records" / "03_kernels.jsonl")
+    assert kernels.main([*arguments, "--repeats", "7"]) == 0
+    assert read_jsonl(tmp_path / "h200" / "records" / "03_kernels.jsonl") == first
+    monkeypatch.setattr("flexq_core.workbook.records.source_digest", lambda study: "other source")
+    assert kernels.main([*arguments, "--repeats", "9"]) == 0
+    kept = read_jsonl(tmp_path / "h200" / "records" / "03_kernels.jsonl")
+    assert {r.parameters.get("repeats", 9) for r in kept} == {9}  # what an older source measured is gone
+    assert kernels.main(["--outputs", folder, "--write-auto-table"]) == 0
+    assert [row["outputs"] for row in json.loads((tmp_path / "auto.json").read_text())] == [64]
+    with pytest.raises(SystemExit):
+        kernels.main(["--write-auto-table"])
+    assert "needs --outputs with records of a GPU" in capsys.readouterr().err
+
+
+def test_a_graph_launches_every_copy_in_turn_and_times_are_a_launchs(monkeypatch):
+    order, replays = [], []
+    fake = {name: mock.MagicMock() for name in ("current_stream", "stream", "graph", "_sleep", "synchronize", "Event")}
+    fake["Event"].return_value.elapsed_time.return_value = 0.54  # ms
+    fake["CUDAGraph"] = lambda: mock.Mock(replay=lambda: replays.append(len(order)))
+    for name, value in fake.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(kernels_gpu, "_capture_stream", lambda device: mock.Mock())
+    monkeypatch.setattr(kernels_gpu, "_WARM_UP_S", 0.0)
+    times = kernels_gpu.replayed_us([lambda index=index: order.append(index) for index in range(9)], 7)
+    assert order == [0, 1, 2] + [*range(9)] * 6  # untimed, then what was captured
+    assert len(replays) == 7 and set(replays) == {len(order)}
+    assert torch.allclose(times, torch.full((7,), 10.0, dtype=torch.float64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "method", ["imma", "bmma", "torch-fp16", "torch-bf16", "torch-fp32", "cublas-int8", "cublaslt-fp8"]
+)
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_on_this_card_a_method_is_timed(method, tokens):
+    layers = kernels_gpu.GpuLayers((1024, 2048), method, 6, "cuda", 0)
+    with torch.no_grad():
+        found = layers.measure(
+            torch.randn(tokens, 2048), 7, kernels.ERROR_BOUNDS.get(method, kernels.FLEXQ_ERROR_BOUND)
+        )
+    assert 0 < found["gemm_p10_us"].value <= found["gemm_us"].value <= found["gemm_p90_us"].value
+    assert ("median_us" in found) == ("mma" in method)

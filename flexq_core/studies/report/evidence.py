@@ -100,7 +100,7 @@ def divergences_text(kinds: Mapping[str, float]) -> str:
 _METHODS_OWN = {"backend", "plan", "plan_sha256", "activation_bits", "weight_bits", "fingerprint", "dtype", "method"}
 """Parameters in which two methods that are compared may differ."""
 RIVALS: dict[str, Callable[[str], bool]] = {
-    "INT8": lambda method: "int8" in method,  # on a GPU, cuBLAS
+    "INT8": lambda method: method in ("torch-int8", "cublas-int8"),
     "ABQ-LLM": lambda method: "abq" in method,
     "W8A8": lambda method: method == "w8a8",
     "FP16": lambda method: method == "fp16",
@@ -154,10 +154,10 @@ def _on_gpu(row: Mapping[str, Any]) -> bool:
 
 
 def kernel_ratios(records: pd.DataFrame, rival: str) -> dict[tuple[int, int, int], float]:
-    """The rival's time over FlexQ's on a GPU, with the activations of the kernel figure: (N, K, tokens) → ratio."""
+    """The rival's time over FlexQ's on a GPU, products alone, with the kernel figure's activations: (N, K, tokens) → ratio."""
     bits = {(r.outputs, r.features): r.activation_bits for r in paper.kernel_speedups().itertuples()}
     best: dict[tuple[int, int, int], float] = {}
-    table = ratios(records, "03_kernels", "median_us", rival)
+    table = ratios(records, "03_kernels", "gemm_us", rival)
     for row in table[table["on_gpu"]].itertuples():
         p = row.parameters
         case = (p.get("outputs"), p.get("features"), p.get("tokens"))

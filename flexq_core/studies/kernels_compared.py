@@ -1,0 +1,273 @@
+"""Tables of kernel times compared: speed-ups, their means, the bandwidth reached, and figures of all three.
+
+On a GPU a table has `gemm_us`, the product alone, and it is what is compared; on a processor `median_us`, the layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from flexq_core.runtime import ops
+from flexq_core.sources import paper
+from flexq_core.workbook import figures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BASELINES = ("torch-int8", "torch-fp16", "torch-fp32")
+"""Of these the first that was measured is what speed-ups are over, unless a baseline is named."""
+
+RIVALS = ("torch-fp16", "cublaslt-fp8", "cublas-int8")
+"""What speed-ups on a GPU are over."""
+
+DECODE_TOKENS = (1, 4, 8)
+"""The batch sizes of the paper's kernel figure."""
+
+AUTO_ON_GPU = ("imma", "wgmma")
+"""The backends that `auto` chooses from on a GPU, by the shape."""
+
+_CASE = ["outputs", "features", "tokens"]
+
+
+def time_column(table: pd.DataFrame) -> str:
+    """What is compared: `gemm_us` where the table has it, else `median_us`."""
+    return "gemm_us" if "gemm_us" in table else "median_us"
+
+
+def chosen_backends(table: pd.DataFrame) -> pd.DataFrame:
+    """{outputs, features, tokens, method}: FlexQ's fastest backend by case, on a GPU among those that `auto` chooses from."""
+    backends = [name for name in AUTO_ON_GPU if name in set(table["method"])] or ops.BACKENDS
+    flexq = table[table["method"].isin(backends)].dropna(subset=["median_us"])
+    return (
+        flexq.sort_values("median_us", kind="stable").drop_duplicates(_CASE)[[*_CASE, "method"]].reset_index(drop=True)
+    )
+
+
+def wgmma_wins(table: pd.DataFrame) -> pd.DataFrame:
+    """{outputs, features, wgmma_from}: the tokens from which on `wgmma`'s layer is faster than `imma`'s, or None."""
+    rows = []
+    for (outputs, features), mine in table.groupby(["outputs", "features"], sort=False):
+        times = mine.pivot_table(index="tokens", columns="method", values="median_us")
+        if not {"imma", "wgmma"} <= set(times):
+            continue
+        wins = (times["wgmma"] < times["imma"]).sort_index()
+        lasting = wins[::-1].cummin()[::-1]  # and for all numbers above
+        first = int(lasting.idxmax()) if lasting.any() else None
+        rows.append({"outputs": outputs, "features": features, "wgmma_from": first})
+    return pd.DataFrame(rows, columns=["outputs", "features", "wgmma_from"], dtype=object)
+
+
+def speedups(table: pd.DataFrame, baseline: str = "", time: str = "") -> pd.DataFrame:
+    """FlexQ's chosen backend over a baseline: {outputs, features, tokens, method, baseline, speedup}.
+
+    baseline: empty for the first of BASELINES that was measured.  time: FlexQ's; empty for `time_column`'s. Empty without
+    the baseline, or without FlexQ.
+    """
+    column = time_column(table)
+    measured = table.dropna(subset=[column])
+    baseline = baseline or next((name for name in BASELINES if name in set(measured["method"])), "")
+    flexq = measured.merge(chosen_backends(measured), on=[*_CASE, "method"]).assign(
+        flexq_us=lambda t: t[time or column]
+    )
+    base = measured.loc[measured["method"] == baseline, [*_CASE, column]].rename(columns={column: "base_us"})
+    both = flexq[[*_CASE, "method", "flexq_us"]].merge(base, on=_CASE).sort_values(_CASE)
+    both = both.assign(baseline=baseline, speedup=both["base_us"] / both["flexq_us"])
+    return both[[*_CASE, "method", "baseline", "speedup"]].reset_index(drop=True)
+
+
+def mean_speedups(table: pd.DataFrame) -> pd.DataFrame:
+    """On a GPU, geometric means over shapes: {baseline, tokens, decode, shapes, product, layer}.
+
+    tokens: each number, and, where decode is true, those of 1, 4 and 8 that were measured together.  product: FlexQ's product
+    over the baseline's.  layer: FlexQ's whole layer, activations quantised, over the baseline's product.
+    """
+    rows = []
+    for baseline in RIVALS:
+        product, layer = (speedups(table, baseline, time) for time in ("gemm_us", "median_us"))
+        decode = [count for count in DECODE_TOKENS if count in set(product["tokens"])]
+        for among in [*([count] for count in sorted(product["tokens"].unique())), decode]:
+            if not among:
+                continue
+            together = among is decode
+            label = ", ".join(map(str, among))
+            means = [_geometric_mean(found[found["tokens"].isin(among)]["speedup"]) for found in (product, layer)]
+            shapes = len(product[product["tokens"].isin(among)].drop_duplicates(["outputs", "features"]))
+            rows.append((title(baseline), label, together, shapes, *means))
+    return pd.DataFrame(rows, columns=["baseline", "tokens", "decode", "shapes", "product", "layer"])
+
+
+def _geometric_mean(values: pd.Series) -> float:
+    return float(np.exp(np.log(values).mean()))
+
+
+_TITLES = {
+    "imma": "FlexQ, INT8 tensor cores (imma)",
+    "wgmma": "FlexQ, Hopper's INT8 (wgmma)",
+    "bmma": "FlexQ, bit planes (bmma)",
+    "cublas-int8": "cuBLAS INT8",
+    "cublaslt-fp8": "cuBLASLt FP8",
+    "torchao-int8wo": "torchao INT8 weights",
+}
+_ON_GPU_TITLES = {"torch-fp32": "cuBLAS FP32", "torch-fp16": "cuBLAS FP16", "torch-bf16": "cuBLAS BF16"}
+
+
+def title(method: str, on_gpu: bool = True) -> str:
+    """A method's name in figures."""
+    known = _TITLES | (_ON_GPU_TITLES if on_gpu else {})
+    plain = f"FlexQ, {method}" if method in ops.BACKENDS else method.replace("torch-", "torch ").replace("int8", "INT8")
+    return known.get(method, plain)
+
+
+_COLOURS = {
+    "cpu": figures.MAIN,
+    "imma": figures.MAIN,
+    "wgmma": figures.SEQUENCE[1],
+    "bmma": figures.SEQUENCE[4],
+    "reference": figures.SEQUENCE[4],
+    "simulate": figures.SEQUENCE[5],
+    "torch-fp32": figures.INK,
+    "torch-fp16": figures.NEUTRAL,
+    "torch-bf16": figures.SEQUENCE[2],
+    "torch-int8": figures.ACCENT,
+    "cublas-int8": figures.ACCENT,
+    "cublaslt-fp8": figures.SEQUENCE[5],
+    "torchao-int8wo": figures.SEQUENCE[3],
+}
+_MARKERS = "osD^vPX*"
+
+
+def _shapes(table: pd.DataFrame) -> list[tuple[int, int]]:
+    return list(table[["outputs", "features"]].drop_duplicates().itertuples(index=False, name=None))
+
+
+def plot_times(table: pd.DataFrame) -> Figure:
+    """Time by tokens, a line a method and the limit, a panel a shape; of more than four shapes four from small to large."""
+    shapes = _shapes(table)
+    if len(shapes) > 4:
+        by_size = sorted(shapes, key=math.prod)
+        shapes = [by_size[round(place * (len(shapes) - 1) / 3)] for place in range(4)]
+    columns, lines = min(2, len(shapes)), math.ceil(len(shapes) / 2)
+    size = (figures.HALF_PAGE[0], 1.9 * lines + 0.9)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey="row", layout="constrained")
+    for axis, shape in zip(axes.flat, shapes, strict=False):
+        _plot_shape(axis, table[(table["outputs"] == shape[0]) & (table["features"] == shape[1])], time_column(table))
+        axis.set_title(f"{shape[0]} × {shape[1]}")
+    for axis in axes.flat[len(shapes) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("time (µs)")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
+def _plot_shape(axis: Axes, mine: pd.DataFrame, time: str) -> None:
+    on_gpu = time == "gemm_us"
+    low, high = ("gemm_p10_us", "gemm_p90_us") if on_gpu else ("p10_us", "p90_us")
+    for index, (method, rows) in enumerate(mine.dropna(subset=[time]).groupby("method", sort=False)):
+        spread = (rows[time] - rows[low], rows[high] - rows[time])
+        style = {"color": _COLOURS.get(method, figures.SEQUENCE[3]), "marker": _MARKERS[index % len(_MARKERS)]}
+        axis.errorbar(
+            rows["tokens"], rows[time], yerr=spread, label=title(method, on_gpu), markersize=3.5, lw=1.2, **style
+        )
+    limit = mine.drop_duplicates("tokens")
+    axis.plot(limit["tokens"], limit["limit_us"], "--", color=figures.INK, linewidth=1, label="limit of this machine")
+    axis.set(xscale="log", yscale="log", xlabel="tokens")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if on_gpu else (1, 3)))
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.set_xticks(limit["tokens"], map(str, limit["tokens"]))
+    axis.minorticks_off()
+
+
+def plot_speedups(table: pd.DataFrame, baseline: str = "") -> Figure:
+    """Speed-up over a baseline by shape, a colour a number of tokens, beside the paper's over INT8 cuBLAS on its GPU.
+
+    Of more than three numbers of tokens those are shown that the paper has.
+    """
+    found = speedups(table, baseline)
+    shapes = _shapes(table)
+    published = paper.kernel_speedups().query("kernel == 'flexq'")
+    tokens = sorted(table["tokens"].unique())
+    if len(tokens) > 3:
+        tokens = [count for count in tokens if count in DECODE_TOKENS] or tokens[:3]
+    offsets = np.linspace(-0.25, 0.25, len(tokens)) if len(tokens) > 1 else [0.0]
+    height = 1.6 + min(0.4, 5.0 / len(shapes)) * len(shapes)
+    figure, axis = plt.subplots(figsize=(figures.HALF_PAGE[0], height), layout="constrained")
+    for index, (count, offset) in enumerate(zip(tokens, offsets, strict=True)):
+        colour = figures.SEQUENCE[index % len(figures.SEQUENCE)]
+        plural = "s" if count > 1 else ""
+        for rows, marker, face, whose in ((found, "o", colour, "here"), (published, "D", "none", "the paper's GPU")):
+            mine = rows[rows["tokens"] == count]
+            places = [
+                (row.speedup, shapes.index((row.outputs, row.features)) + offset)
+                for row in mine.itertuples()
+                if (row.outputs, row.features) in shapes
+            ]
+            if places:
+                style = {"color": colour, "markerfacecolor": face, "markersize": 4.5}
+                axis.plot(*zip(*places, strict=True), marker, label=f"{count} token{plural}, {whose}", **style)
+    axis.axvline(1, color=figures.INK, linewidth=1)
+    _name_shapes(axis, shapes)
+    on_gpu = time_column(table) == "gemm_us"
+    over = title(found["baseline"].iloc[0], on_gpu) if len(found) else "a baseline (none measured)"
+    axis.set(xlabel=f"speed-up over {over}\n(the paper's: over INT8 cuBLAS)", xscale="log")
+    ticks = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 8)
+    ticks = [tick for tick in ticks if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
+    axis.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
+    axis.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def bandwidth_reached(table: pd.DataFrame, tokens: int) -> pd.DataFrame:
+    """On a GPU, with so many tokens: {outputs, features, method, bandwidth_share}, of FlexQ the chosen backend alone."""
+    chosen = chosen_backends(table)
+    ours = set(chosen[["outputs", "features", "method"]].itertuples(index=False, name=None))
+    rows = table[table["tokens"] == tokens].dropna(subset=["gemm_us"])
+    mine = [
+        row.method not in ops.BACKENDS or (row.outputs, row.features, row.method) in ours for row in rows.itertuples()
+    ]
+    return rows.loc[mine, ["outputs", "features", "method", "bandwidth_share"]].reset_index(drop=True)
+
+
+def plot_bandwidth(table: pd.DataFrame, tokens: int = 1) -> Figure:
+    """Share of the measured bandwidth that a product reaches, by shape, a mark a method; each method by its own bytes."""
+    shapes = _shapes(table)
+    height = 1.5 + min(0.3, 4.4 / len(shapes)) * len(shapes)
+    figure, axis = plt.subplots(figsize=(figures.HALF_PAGE[0], height), layout="constrained")
+    methods = table.loc[table["tokens"] == tokens].dropna(subset=["gemm_us"]).groupby("method", sort=False)
+    for index, (method, rows) in enumerate(methods):
+        places = [shapes.index((row.outputs, row.features)) for row in rows.itertuples()]
+        style = {"color": _COLOURS.get(method, figures.SEQUENCE[3]), "markersize": 4.5, "label": title(method)}
+        axis.plot(100 * rows["bandwidth_share"], places, _MARKERS[index % len(_MARKERS)], **style)
+    axis.axvline(100, color=figures.INK, linewidth=1)
+    _name_shapes(axis, shapes)
+    axis.set(xlabel=f"bandwidth reached, {tokens} token{'s' if tokens > 1 else ''} (% of copying)")
+    axis.set_xlim(left=0)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def gpu_figures(table: pd.DataFrame, where: str) -> Iterator[tuple[Figure, str, str]]:
+    """(figure, name, caption) of the speed-ups over each of RIVALS and of the bandwidth reached.  where: for the captions."""
+    for rival in RIVALS:
+        told = (
+            f"Speed-up of FlexQ's product over {title(rival)}'s, {where} (filled), and of the paper's kernel over INT8 cuBLAS "
+            "on its own GPU (hollow; read off the paper's figure, 8-bit activations in down-projections)"
+        )
+        yield plot_speedups(table, rival), f"speedups-{rival}", told
+    told = f"Share of the measured bandwidth of copying that one token's product reaches, each method by its own bytes, {where}"
+    yield plot_bandwidth(table), "bandwidth", told
+
+
+def _name_shapes(axis: Axes, shapes: list[tuple[int, int]]) -> None:
+    axis.set_yticks(range(len(shapes)), [f"{n} × {k}" for n, k in shapes])
+    axis.set_ylim(len(shapes) - 0.5, -0.5)

@@ -1,0 +1,288 @@
+"""Kernel times on a GPU: each method's operands and product, and the CUDA graphs that replay it on cold weights.
+
+One harness for all methods. A layer's weights lie there in so many copies that a copy has left the L2 cache when its turn
+comes again; a graph holds one launch after the other, on the copies in turn, and a time is that of a replay divided by its
+launches. `gemm_us` is the product alone, its operands quantised beforehand; FlexQ's `median_us` is the whole layer, which
+quantises its activations as well. Where a library takes only some numbers of rows, or is faster with more, each padding
+that it takes is timed and the fastest counts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flexq_core.quant import LayerPrecision
+from flexq_core.runtime import cuda, ops
+from flexq_core.runtime.linear import FlexQLinear
+from flexq_core.workbook.records import Measurement, Skipped
+
+DEFINITION_BOUND = 2e-4
+"""Relative error of FlexQ's float16 outputs against the `reference` backend's: sums that round differently change the last bit
+of few of them, which comes to some 3e-5; one wrong group in a row of a hundred to 1e-1."""
+
+_LEAST_COPIES = 3
+_LEAST_LAUNCHES = 48  # so that what a replay itself takes, some microseconds, is lost among them
+_WARM_UP_S = 0.03
+_QUEUE_CYCLES = 2_000_000  # about a millisecond, in which replays queue up: what is timed is the GPU, not the launches
+
+
+class Product(NamedTuple):
+    """One way to multiply by a copy of the weights.
+
+    launch: a copy → what the kernel writes; this is timed.  value: that → [tokens, outputs] float32.  note: for the record.
+    """
+
+    launch: Callable[[Tensor], Tensor]
+    value: Callable[[Tensor], Tensor] = Tensor.float
+    note: str = ""
+
+
+class GpuLayers:
+    """A linear layer of one shape under one method, and as many copies of its weights as keep each out of the L2 cache.
+
+    shape: N × K.  method: one of METHODS.  activation_bits: FlexQ's.  device: a CUDA device.
+    Raises Skipped where this machine cannot run the method.
+    """
+
+    def __init__(self, shape: tuple[int, int], method: str, activation_bits: int, device: str, seed: int) -> None:
+        if method not in METHODS:
+            raise Skipped(f"{method} runs on processors, or waits for one, and no CUDA graph can replay it")
+        self.shape, self.method, self.device = shape, method, torch.device(device)
+        torch.cuda.empty_cache()  # what earlier graphs held
+        outputs, features = shape
+        generator = torch.Generator(self.device).manual_seed(seed)
+        self.weight = torch.randn(outputs, features, generator=generator, device=self.device) / math.sqrt(features)
+        self._operands = METHODS[method](self.weight, activation_bits, method)
+        stored = self._operands.stored
+        cold = 2 * torch.cuda.get_device_properties(self.device).L2_cache_size
+        size = getattr(self._operands, "stored_bytes", stored.numel() * stored.element_size())
+        count = max(_LEAST_COPIES, 1 + math.ceil(cold / size))
+        self.copies = [stored, *(stored.clone() for _ in range(count - 1))]
+
+    def measure(self, x: Tensor, replays: int, bound: float) -> dict[str, Measurement]:
+        """Times and errors for activations x, metric → value.
+
+        x: [M, K] float32, taken as float16.  replays: timed ones.  bound: the largest relative error against float32 that is
+        right. Raises RuntimeError, before anything is timed, for an output that is wrong; Skipped where the library refuses.
+        """
+        x = x.to(self.device, torch.float16)
+        truth = F.linear(x.float(), self.weight)
+        products = [(product, product.value(y)) for product, y in self._taken(self._operands.products(x))]
+        error = max(self._require("float32", y, truth, bound) for _, y in products)
+        layer = getattr(self._operands, "layer", None)
+        measured = {"error": Measurement(error, "1")}
+        if layer is not None:
+            definition, whole = self._operands.definition(x), layer(x, self.copies[0])
+            errors = [
+                self._require("its definition", y, definition, DEFINITION_BOUND)
+                for y in (whole.float(), products[0][1])
+            ]
+            measured["definition_error"] = Measurement(max(errors), "1")
+            measured |= _quantiles("median_us p10_us p90_us", self._times_us(lambda copy: layer(x, copy), replays))
+        timed = [(self._times_us(product.launch, replays), product.note) for product, _ in products]
+        times, note = min(timed, key=lambda found: found[0].median().item())
+        return measured | _quantiles("gemm_us gemm_p10_us gemm_p90_us", times, note)
+
+    def _taken(self, products: list[Product]) -> list[tuple[Product, Tensor]]:
+        """Those that the library takes, each with what it computes."""
+        taken, refusal = [], ""
+        for product in products:
+            try:
+                taken.append((product, product.launch(self.copies[0])))
+            except RuntimeError as error:
+                if self.method in cuda.ORDERS:  # ours takes everything
+                    raise
+                refusal = str(error).splitlines()[0]
+        if not taken:
+            raise Skipped(f"{self.method} refuses {'x'.join(map(str, self.shape))}: {refusal}")
+        return taken
+
+    def _require(self, what: str, y: Tensor, expected: Tensor, bound: float) -> float:
+        error = ((y - expected.float()).norm() / expected.float().norm()).item()
+        if not error <= bound:  # nan is wrong, too
+            shape = "x".join(map(str, self.shape))
+            case = f"{self.method} is wrong at {shape}, {len(y)} tokens"
+            raise RuntimeError(f"{case}: relative error {error} against {what}, bound {bound}")
+        return error
+
+    def _times_us(self, launch: Callable[[Tensor], Any], replays: int) -> Tensor:
+        launches = [lambda copy=copy: launch(copy) for copy in self.copies]
+        return replayed_us(launches, replays)
+
+
+def replayed_us(launches: list[Callable[[], Any]], replays: int) -> Tensor:
+    """Time of a launch when a CUDA graph replays these in turn: [replays] float64 microseconds."""
+    stream = _capture_stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for launch in launches[:_LEAST_COPIES]:  # libraries choose and allocate now: a capture may not
+            launch()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    rounds = math.ceil(_LEAST_LAUNCHES / len(launches))
+    with torch.cuda.graph(graph, stream=stream):
+        for launch in launches * rounds:
+            launch()
+    end = time.perf_counter() + _WARM_UP_S
+    while time.perf_counter() < end:
+        graph.replay()
+        torch.cuda.synchronize()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays)]
+    torch.cuda._sleep(_QUEUE_CYCLES)
+    for before, after in events:
+        before.record()
+        graph.replay()
+        after.record()
+    torch.cuda.synchronize()
+    times = [before.elapsed_time(after) * 1e3 / (rounds * len(launches)) for before, after in events]
+    return torch.tensor(times, dtype=torch.float64)
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one for all: libraries keep a workspace for every stream they have seen
+
+
+def _quantiles(metrics: str, times: Tensor, note: str = "") -> dict[str, Measurement]:
+    median, p10, p90 = (times.quantile(share).item() for share in (0.5, 0.1, 0.9))
+    values = zip(metrics.split(), (median, p10, p90), (note, "", ""), strict=True)
+    return {metric: Measurement(value, "us", text) for metric, value, text in values}
+
+
+class _FlexQ:
+    """The CUDA kernels, on weights in the order that the backend reads."""
+
+    def __init__(self, weight: Tensor, activation_bits: int, backend: str) -> None:
+        try:
+            ops.resolve_backend(backend, weight.device)
+        except ValueError as obstacle:
+            raise Skipped(str(obstacle)) from None
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        precision = LayerPrecision(6, activation_bits)
+        self._layer = FlexQLinear.from_linear(linear, precision=precision, backend=backend)
+        self._bits, self._backend = activation_bits, backend
+        self.stored = self._layer.prepare()[1]
+
+    def products(self, x: Tensor) -> list[Product]:
+        exponent = self._layer.weight_exponent
+        records = cuda.quantize_activation(x, self._bits, self._backend)
+        out = x.new_full((len(x), len(exponent)), torch.nan)
+        arguments = (exponent, None, self._bits, self._backend, out)
+        return [Product(lambda chunks: cuda.linear(records, len(x), chunks, *arguments))]
+
+    def layer(self, x: Tensor, chunks: Tensor) -> Tensor:
+        exponent = self._layer.weight_exponent
+        return ops.w6ax_linear_repacked(x, chunks, exponent, None, self._bits, self._backend)
+
+    def definition(self, x: Tensor) -> Tensor:
+        layer = self._layer
+        packed = (layer.weight, layer.weight_scale, layer.weight_exponent)
+        return ops.w6ax_linear(x, *packed, None, 6, self._bits, layer.group_size, "reference")
+
+
+class _Floating:
+    """cuBLAS on unquantised operands."""
+
+    def __init__(self, weight: Tensor, activation_bits: int, method: str) -> None:
+        self.stored = weight.to(DTYPES[method])
+
+    def products(self, x: Tensor) -> list[Product]:
+        x = x.to(self.stored.dtype)
+        return [Product(lambda weight: F.linear(x, weight))]
+
+
+class _CublasInt8:
+    """`torch._int_mm`: weights with a scale an output, activations with one a token; the sums are left as int32."""
+
+    def __init__(self, weight: Tensor, activation_bits: int, method: str) -> None:
+        self.stored, self._scale = _int8_rows(weight)
+
+    def products(self, x: Tensor) -> list[Product]:
+        codes, scale = _int8_rows(x.float())
+
+        def product(rows: int) -> Product:
+            padded = F.pad(codes, (0, 0, 0, rows - len(x)))
+            return Product(
+                lambda weight: torch._int_mm(padded, weight.t()),
+                lambda sums: sums[: len(x)] * scale * self._scale.t(),
+                f"operands quantised before, sums scaled after, neither timed; {rows} rows",
+            )
+
+        least = max(len(x), 17)  # it takes no fewer
+        return [product(rows) for rows in sorted({least, -(-least // 32) * 32})]
+
+
+class _CublasltFp8:
+    """`torch._scaled_mm`: e4m3 with one scale a tensor, which the product applies, and float16 outputs."""
+
+    def __init__(self, weight: Tensor, activation_bits: int, method: str) -> None:
+        if torch.cuda.get_device_capability(weight.device) < (8, 9):
+            raise Skipped(f"{torch.cuda.get_device_name(weight.device)} has no FP8 tensor cores")
+        self.stored, self._scale = _fp8(weight)
+
+    def products(self, x: Tensor) -> list[Product]:
+        def product(rows: int) -> Product:
+            codes, scale = _fp8(F.pad(x.float(), (0, 0, 0, rows - len(x))))
+            scales = {"scale_a": scale, "scale_b": self._scale}
+            options = {"out_dtype": torch.float16, "use_fast_accum": True}
+            return Product(
+                lambda weight: torch._scaled_mm(codes, weight.t(), **scales, **options),
+                lambda y: y[: len(x)].float(),
+                f"operands quantised before, not timed; {rows} rows",
+            )
+
+        return [product(rows) for rows in sorted({len(x), -(-len(x) // 16) * 16, max(len(x), 32)})]
+
+
+class _TorchaoInt8:
+    """torchao's weight-only INT8, compiled, as it is meant to be used."""
+
+    def __init__(self, weight: Tensor, activation_bits: int, method: str) -> None:
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        except ImportError as error:
+            raise Skipped(f"torchao's weight-only INT8 cannot be imported: {error}") from None
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight.bfloat16(), requires_grad=False)
+        quantize_(linear, Int8WeightOnlyConfig())
+        self.stored = linear.weight.data
+        self.stored_bytes = weight.numel()  # the tensor says it is bfloat16
+
+    def products(self, x: Tensor) -> list[Product]:
+        x = x.bfloat16()
+        torch.compiler.reset()  # after eight shapes of one function torch would compile no more, and not say so
+        product = torch.compile(F.linear, dynamic=False)
+        return [Product(lambda weight: product(x, weight))]
+
+
+def _int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [R, K] float32 → codes [R, K] int8 and a scale a row [R, 1]."""
+    scale = x.abs().amax(1, keepdim=True) / 127
+    return (x / scale).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def _fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [R, K] float32 → codes [R, K] float8_e4m3fn and one scale."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scale = x.abs().amax() / largest
+    return (x / scale).clamp_(-largest, largest).to(torch.float8_e4m3fn), scale
+
+
+DTYPES = {"torch-fp32": torch.float32, "torch-fp16": torch.float16, "torch-bf16": torch.bfloat16}
+LIBRARIES = {"cublas-int8": _CublasInt8, "cublaslt-fp8": _CublasltFp8, "torchao-int8wo": _TorchaoInt8}
+"""Methods that run on GPUs only, beside FlexQ's own."""
+METHODS: dict[str, Callable[[Tensor, int, str], Any]] = {
+    **dict.fromkeys(cuda.ORDERS, _FlexQ),
+    **dict.fromkeys(DTYPES, _Floating),
+    **LIBRARIES,
+}
+"""Method → what makes its operands from weight [N, K] float32, activation bits and its own name."""
