@@ -285,6 +285,22 @@ def test_auto_equals_the_kernels_it_chooses_from(tokens):
 
 
 @gpu
+@both
+@bits_6_8
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 32, 33, 64, 129, 300])
+def test_large_layers_agree_with_the_reference(backend, activation_bits, tokens):
+    """More tiles than fit a card at once, and the kernels' shapes for many tiles; the last tile is not whole."""
+    layer = FlexQLinear.from_linear(
+        torch.nn.Linear(640, 40009, device="cuda"), precision=LayerPrecision(6, activation_bits), backend=backend
+    )
+    x = torch.randn(tokens, 640, device="cuda")
+    y = layer(x)
+    layer.backend = "reference"
+    expected = layer(x)
+    assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@gpu
 def test_moving_or_loading_a_layer_repacks_it():
     layer = FlexQLinear.from_linear(torch.nn.Linear(256, 96)).cuda()
     assert layer.prepare()[0] == "auto"
