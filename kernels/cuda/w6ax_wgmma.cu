@@ -19,23 +19,26 @@
 namespace flexq {
 namespace {
 
-constexpr int kConsumerWarps = 8, kConsumers = kConsumerWarps * 32;
+constexpr int kTeamWarps = 8;    // two warpgroups
 
 constexpr int kMostSplit = 8;  // blocks of a cluster
 
 template <int kTokens, int kBlocks, int kStages>
 struct Shape {
-  // With 128 tokens a warpgroup wants more registers than its share and takes them from the fetching warp's; they move between whole
-  // warpgroups only. With up to 32 tokens two blocks fit a multiprocessor, and one multiplies while the other waits.
-  static constexpr bool kWide = kTokens == 128;
-  static constexpr int kThreads = kConsumers + (kWide ? 128 : 32), kBlocksAtOnce = kTokens > 32 ? 1 : 2;
+  // With up to 32 tokens two blocks fit a multiprocessor, and one multiplies while the other waits. With 64 a block has two teams for
+  // that, which take the groups in turn. From there on the multiplying warps want more registers than their share: they take those
+  // of the fetching warp, for which it has a warpgroup to itself, since registers move between whole ones only.
+  static constexpr int kTeams = kTokens == 64 ? 2 : 1, kConsumerWarps = kTeams * kTeamWarps, kConsumers = kConsumerWarps * 32;
+  static constexpr int kRegisters = kTokens == 128 ? 240 : kTokens == 64 ? 112 : 0;  // 0: as the compiler allots them
+  static constexpr int kThreads = kConsumers + (kRegisters ? 128 : 32), kBlocksAtOnce = kRegisters ? 1 : 2;
   static constexpr int kRows = 128 * kBlocks, kChunks = kRows / kChunkRows;
   static constexpr int kRecordBytes = activation_record_bytes(Order::swizzled, 8, kTokens / kTokenTile);
   // Swizzled operands begin at multiples of 1024 bytes, and so does every stage: the record first, then the chunks.
   static constexpr int kStageBytes = (kRecordBytes + kChunks * kChunkBytes + 1023) / 1024 * 1024;
   static constexpr int kSumStride = kRows + 4;  // floats; 8 q + g are 32 different banks
+  static constexpr int kTeamSums = kTokens * kSumStride;
   static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + 1024;
-  static_assert(kTokens * kSumStride * 4 <= kStages * kStageBytes, "the sums fit where the stages were");
+  static_assert(kTeams * kTeamSums * 4 <= kStages * kStageBytes, "the sums fit where the stages were");
 };
 
 template <int kTokens, int kBlocks, int kStages>
@@ -54,14 +57,14 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kStages>::kThreads, Sh
   const int first_group = p.groups * rank / split, groups = p.groups * (rank + 1) / split - first_group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) barrier_init(full + s, 1), barrier_init(empty + s, kConsumerWarps);
+    for (int s = 0; s < kStages; ++s) barrier_init(full + s, 1), barrier_init(empty + s, kTeamWarps);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
 
-  if (warp >= kConsumerWarps) {
-    if constexpr (Parts::kWide) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (warp > kConsumerWarps) return;
+  if (warp >= Parts::kConsumerWarps) {
+    if constexpr (Parts::kRegisters > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (warp > Parts::kConsumerWarps) return;
     // Lane c fetches chunk c of the tile's outputs; past the last outputs the last chunk is read again, and nothing of it is stored.
     const int last = (p.outputs - 1) / kChunkRows, chunk = row_tile * Parts::kChunks + lane;
     const uint8_t* weights = p.weight + (int64_t(chunk < last ? chunk : last) * p.groups + first_group) * kChunkBytes;
@@ -91,11 +94,12 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kStages>::kThreads, Sh
       fetch_record(step);
     }
   } else {
-    if constexpr (Parts::kWide) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    if constexpr (Parts::kRegisters > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Parts::kRegisters));
     float sums[kBlocks][kTokens / 2] = {};
-    // This warp's half chunk of block b of its warpgroup: rows 64 (kBlocks * warpgroup + b) + 16 (warp % 4).
+    // This warp's half chunk of block b of its warpgroup: rows 64 (kBlocks * warpgroup + b) + 16 (warp % 4) of the tile.
+    const int team = warp / kTeamWarps, warpgroup = warp % kTeamWarps / 4;
     const auto half_chunk = [&](const uint8_t* stage, int b) {
-      return stage + Parts::kRecordBytes + ((warp / 4 * kBlocks + b) * 2 + warp % 4 / 2) * kChunkBytes;
+      return stage + Parts::kRecordBytes + ((warpgroup * kBlocks + b) * 2 + warp % 4 / 2) * kChunkBytes;
     };
     const Finish finish(p, row_tile * Parts::kRows + threadIdx.x % Parts::kRows);
     uint32_t words[12];
@@ -108,15 +112,13 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kStages>::kThreads, Sh
     int32_t inner[kTokens / 2];
 #pragma unroll
     for (int e = 0; e < kTokens / 2; ++e) inner[e] = kMagicBits;
-    int stage = 0, parity = 0;
-    if (groups > 0) {
-      barrier_wait(full, 0);
-      load_half(shared, 0);
-    }
-    for (int step = 0; step < groups; ++step) {
-      const uint8_t* here = shared + stage * Parts::kStageBytes;
-      uint64_t* done = empty + stage;
-      if (++stage == kStages) stage = 0, parity ^= 1;
+    const auto wait_for = [&](int step) {
+      barrier_wait(full + step % kStages, step / kStages % 2);
+      return shared + step % kStages * Parts::kStageBytes;
+    };
+    if (team < groups) load_half(wait_for(team), 0);
+    for (int step = team; step < groups; step += Parts::kTeams) {
+      const uint8_t* here = shared + step % kStages * Parts::kStageBytes;
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         uint32_t a[4][4];
@@ -128,9 +130,8 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kStages>::kThreads, Sh
         wgmma_commit();
         if (b + 1 < kBlocks) {
           load_half(here, b + 1);
-        } else if (step + 1 < groups) {
-          barrier_wait(full + stage, parity);
-          load_half(shared + stage * Parts::kStageBytes, 0);
+        } else if (step + Parts::kTeams < groups) {
+          load_half(wait_for(step + Parts::kTeams), 0);
         }
         const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(half_chunk(here, b) + kCodeBytes + g * 8 + warp % 2 * 4));
         const float2 start = make_float2(-kMagic * sw.x, -kMagic * sw.y);
@@ -148,27 +149,31 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kStages>::kThreads, Sh
         }
       }
       __syncwarp();
-      if (lane == 0) barrier_arrive(done);
+      if (lane == 0) barrier_arrive(empty + step % kStages);
     }
     wait_for_previous_kernel();
 
     // Sums go through shared memory, [token][output], so that neighbouring threads store neighbouring outputs.
     const auto cluster = cooperative_groups::this_cluster();
-    threads_meet<kConsumers>();
+    threads_meet<Parts::kConsumers>();
     auto* buffer = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int e = 0; e < kTokens / 2; ++e) {
-        const int token = e / 4 * 8 + 2 * q + e % 2, row = (warp / 4 * kBlocks + b) * 64 + warp % 4 * 16 + g + e % 4 / 2 * 8;
-        buffer[token * Parts::kSumStride + row] = sums[b][e];
+        const int token = e / 4 * 8 + 2 * q + e % 2, row = (warpgroup * kBlocks + b) * 64 + warp % 4 * 16 + g + e % 4 / 2 * 8;
+        buffer[team * Parts::kTeamSums + token * Parts::kSumStride + row] = sums[b][e];
       }
     if (split == 1)
-      threads_meet<kConsumers>();
+      threads_meet<Parts::kConsumers>();
     else
       cluster.sync();  // threads that have left do not count
     const int row = threadIdx.x % Parts::kRows;
-    constexpr int kAtOnce = kConsumers / Parts::kRows;  // tokens
+    constexpr int kAtOnce = Parts::kConsumers / Parts::kRows;  // tokens
+    const auto teams_sum = [&](const float* sums_of_block, int m) {
+      const float* at = sums_of_block + m * Parts::kSumStride + row;
+      return Parts::kTeams == 1 ? at[0] : at[0] + at[Parts::kTeamSums];
+    };
     const auto finish_token = [&](int m, float sum) {
       const int token = token_tile * kTokens + m;
       if (token < p.tokens && row_tile * Parts::kRows + row < p.outputs)
@@ -176,13 +181,13 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kStages>::kThreads, Sh
     };
     if (split == 1) {
 #pragma unroll 8
-      for (int m = threadIdx.x / Parts::kRows; m < kTokens; m += kAtOnce) finish_token(m, buffer[m * Parts::kSumStride + row]);
+      for (int m = threadIdx.x / Parts::kRows; m < kTokens; m += kAtOnce) finish_token(m, teams_sum(buffer, m));
     } else {
       for (int m = rank * kAtOnce + threadIdx.x / Parts::kRows; m < kTokens; m += split * kAtOnce) {
         float parts[kMostSplit];  // all asked for before the first is needed
 #pragma unroll
         for (int r = 0; r < kMostSplit; ++r)
-          parts[r] = r < split ? cluster.map_shared_rank(buffer, r)[m * Parts::kSumStride + row] : 0.0f;
+          parts[r] = r < split ? teams_sum(cluster.map_shared_rank(buffer, r), m) : 0.0f;
         float sum = 0.0f;
 #pragma unroll
         for (int r = 0; r < kMostSplit; ++r) sum += parts[r];
