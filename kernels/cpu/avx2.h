@@ -69,7 +69,7 @@ FLEXQ_AVX2 inline void rows(const Problem& p, int64_t begin, int64_t end) {
 }
 
 // Four outputs at a time against 16 tokens: lanes are tokens, four codes of a weight row are broadcast to all of them.
-FLEXQ_AVX2 inline void tiles(const Problem& p, int64_t begin, int64_t end) {
+FLEXQ_AVX2 inline void tiles(const Problem& p, int64_t begin, int64_t end, int64_t) {
   constexpr int kRows = 4;
   static thread_local Scratch scratch;
   auto* w = scratch.get<uint8_t>(size_t(kRows) * p.groups * kGroup);

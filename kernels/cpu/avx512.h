@@ -88,20 +88,29 @@ inline int64_t block_rows(const Problem& p) {
   return rows < 32 ? 32 : rows > 128 ? 128 : rows;
 }
 
-// Writes sums, [output][16 tokens], to y: outputs n0.. of tokens m0..
-FLEXQ_AVX512 inline void store_block(const Problem& p, int64_t n0, int64_t end, int64_t m0, int rows, const float (*sums)[kTile]) {
-  const __m512i down = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(kTile));
-  for (int r = 0; r < rows && n0 + r < end; r += 16) {
-    const int64_t left = end - n0 - r < rows - r ? end - n0 - r : rows - r;
-    const __mmask16 valid = left >= 16 ? 0xffff : __mmask16((1 << left) - 1);
-    const __m512i exponent = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(valid, p.exponent + n0 + r));
-    const __m512 factor = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(exponent, _mm512_set1_epi32(127)), 23));
-    const __m512 bias = p.bias ? _mm512_maskz_loadu_ps(valid, p.bias + n0 + r) : _mm512_setzero_ps();
-    for (int m = 0; m < kTile && m0 + m < p.tokens; ++m) {
-      const __m512 column = _mm512_i32gather_ps(down, &sums[r][m], 4);
-      _mm512_mask_storeu_ps(p.y + (m0 + m) * p.outputs + n0 + r, valid, _mm512_add_ps(_mm512_mul_ps(column, factor), bias));
+// Writes sums, [row][token], to y: outputs n0.. of tokens m0.. . Sixteen rows x four tokens at a time are transposed: quarters of four
+// rows are put side by side, and then each quarter is transposed.
+FLEXQ_AVX512 inline void store_sums(const Problem& p, int64_t n0, int64_t end, int64_t m0, int64_t tokens, const float* sums) {
+  for (int64_t m = 0; m < tokens && m0 + m < p.tokens; m += 4)
+    for (int64_t n = n0; n < end; n += kTile) {
+      const __mmask16 valid = end - n >= kTile ? 0xffff : __mmask16((1 << (end - n)) - 1);
+      const __m512i exponent = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(valid, p.exponent + n));
+      const __m512 factor = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(exponent, _mm512_set1_epi32(127)), 23));
+      const __m512 bias = p.bias ? _mm512_maskz_loadu_ps(valid, p.bias + n) : _mm512_setzero_ps();
+      __m512 quarters[4];
+      for (int i = 0; i < 4; ++i) {
+        const float* row = sums + (n - n0 + i) * tokens + m;
+        const __m512 two = _mm512_mask_broadcast_f32x4(_mm512_castps128_ps512(_mm_load_ps(row)), 0x00f0, _mm_load_ps(row + 4 * tokens));
+        const __m512 three = _mm512_mask_broadcast_f32x4(two, 0x0f00, _mm_load_ps(row + 8 * tokens));
+        quarters[i] = _mm512_mask_broadcast_f32x4(three, 0xf000, _mm_load_ps(row + 12 * tokens));
+      }
+      const __m512 low = _mm512_unpacklo_ps(quarters[0], quarters[1]), low2 = _mm512_unpacklo_ps(quarters[2], quarters[3]);
+      const __m512 high = _mm512_unpackhi_ps(quarters[0], quarters[1]), high2 = _mm512_unpackhi_ps(quarters[2], quarters[3]);
+      const __m512 columns[4] = {_mm512_shuffle_ps(low, low2, 0x44), _mm512_shuffle_ps(low, low2, 0xee),
+                                 _mm512_shuffle_ps(high, high2, 0x44), _mm512_shuffle_ps(high, high2, 0xee)};
+      for (int i = 0; i < 4 && m0 + m + i < p.tokens; ++i)
+        _mm512_mask_storeu_ps(p.y + (m0 + m + i) * p.outputs + n, valid, _mm512_add_ps(_mm512_mul_ps(columns[i], factor), bias));
     }
-  }
 }
 
 // Sixteen outputs, eight at a time, against 16 tokens: lanes are tokens, four codes of a weight row are broadcast to all.
@@ -134,7 +143,7 @@ FLEXQ_AVX512 inline void multiply_rows(const Problem& p, const uint8_t* w, const
   }
 }
 
-FLEXQ_AVX512 inline void tiles(const Problem& p, int64_t begin, int64_t end) {
+FLEXQ_AVX512 inline void tiles(const Problem& p, int64_t begin, int64_t end, int64_t) {
   const int64_t block = block_rows(p), stride = p.groups * kGroup;
   const Expander e = expander();
   static thread_local Scratch weights, scales;
@@ -154,7 +163,7 @@ FLEXQ_AVX512 inline void tiles(const Problem& p, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < rows; r += kTile) {
         alignas(64) float sums[kTile][kTile] = {};
         for (int64_t g = 0; g < p.groups; ++g) multiply_rows(p, w + r * stride, sw + g * block + r, g, m0, sums);
-        store_block(p, n0 + r, end, m0, kTile, sums);
+        store_sums(p, n0 + r, n0 + r + kTile < end ? n0 + r + kTile : end, m0, kTile, sums[0]);
       }
   }
 }
@@ -168,9 +177,9 @@ inline bool available() {
 
 inline const Path path{"avx512", available, quantize, rows, tiles};
 
-// AMX: a tile register holds 16 rows of 64 bytes. Weights are the left operand, 16 outputs x 64 codes as their rows lie, so that
-// expanding them needs no transposition; activations are the right one, 16 rows of four codes x 16 tokens. A group is two
-// steps along K. Sums go through a small buffer to the vector unit, which scales one group while the tiles compute the next.
+// AMX: a tile register holds 16 rows of 64 bytes. Weights are the left operand, 16 outputs x 64 unsigned codes as their rows lie,
+// so that expanding them needs no transposition; activations are the right one, 16 rows of four codes x 16 tokens. A group is two
+// steps along K. Sums go through a small buffer to the vector unit, which scales one tile while the tile unit computes the next.
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
   uint16_t bytes[16];
@@ -181,131 +190,144 @@ struct alignas(64) TileConfig {
 inline constexpr TileConfig kTileConfig{
     1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-template <int TokenTiles>
-FLEXQ_AMX inline void multiply(const int8_t* w0, const int8_t* w1, const int8_t* x0, const int8_t* x1, int32_t* sums) {
-  asm volatile("" ::: "memory");  // tile loads do not tell the compiler what they read: stores must come before
-  _tile_zero(0);
-  _tile_zero(2);
-  if (TokenTiles == 2) {
-    _tile_zero(1);
-    _tile_zero(3);
-  }
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
-    const int at = half * kTileBytes;
-    _tile_loadd(4, w0 + at, 64);
-    _tile_loadd(6, x0 + at, 64);
-    _tile_dpbssd(0, 4, 6);
-    _tile_loadd(5, w1 + at, 64);
-    _tile_dpbssd(2, 5, 6);
-    if (TokenTiles == 2) {
-      _tile_loadd(7, x1 + at, 64);
-      _tile_dpbssd(1, 4, 7);
-      _tile_dpbssd(3, 5, 7);
-    }
-  }
-  _tile_stored(0, sums, 64);
-  _tile_stored(2, sums + 512, 64);
-  if (TokenTiles == 2) {
-    _tile_stored(1, sums + 256, 64);
-    _tile_stored(3, sums + 768, 64);
-  }
-}
-
-// Weights expanded for the tiles: `rows` outputs x `groups` groups, as [row / 16][group][half] tiles, with their scales.
+// Weights expanded for the tiles: `rows` outputs, as [group][row / 16][half] tiles, with their scales.
 struct Window {
-  int8_t* codes;
-  float* scales;  // [groups][rows]
-  int64_t rows, groups;
+  uint8_t* codes;
+  float* scales;  // [group][row]
+  int64_t rows;
 };
 
-FLEXQ_AVX512 inline void expand_window(const Problem& p, const Window& w, int64_t n0, int64_t end, int64_t first, int64_t groups) {
-  constexpr int64_t kStep = 4;  // groups of a row at a time: whole cache lines are read, a few KiB are written
+FLEXQ_AVX512 inline void fetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1); }
+
+FLEXQ_AVX512 inline void expand_window(const Problem& p, const Window& w, int64_t n0, int64_t end) {
+  constexpr int64_t kStep = 4;  // groups of a row at a time: whole cache lines are read, and what is written fits the first-level cache
   const Expander e = expander();
-  const __m512i offset = _mm512_set1_epi8(32);
   for (int64_t tile = 0; tile < w.rows; tile += kTile)
-    for (int64_t some = 0; some < groups; some += kStep)
+    for (int64_t some = 0; some < p.groups; some += kStep)
       for (int64_t r = tile; r < tile + kTile; ++r) {
         const int64_t n = n0 + r < end ? n0 + r : end - 1;  // rows past the end repeat the last one and are not stored
-        for (int64_t g = some; g < groups && g < some + kStep; ++g) {
-          const uint8_t* packed = p.packed(n, first + g);
+        for (int64_t g = some; g < p.groups && g < some + kStep; ++g) {
+          const uint8_t* packed = p.packed(n, g);
           _mm_prefetch(reinterpret_cast<const char*>(packed + 2 * kStep * kGroupBytes), _MM_HINT_T0);
           _mm_prefetch(reinterpret_cast<const char*>(packed + 2 * kStep * kGroupBytes + 64), _MM_HINT_T0);
-          int8_t* out = w.codes + (tile / kTile * w.groups + g) * 2 * kTileBytes + (r - tile) * kTileK;
-          _mm512_store_si512(out, _mm512_sub_epi8(expand(packed, e), offset));
-          _mm512_store_si512(out + kTileBytes, _mm512_sub_epi8(expand(packed + 48, e), offset));
-          w.scales[g * w.rows + r] = _cvtsh_ss(p.scale[n * p.groups + first + g]);
+          uint8_t* out = w.codes + (g * w.rows + tile) * kGroup + (r - tile) * kTileK;
+          _mm512_store_si512(out, expand(packed, e));
+          _mm512_store_si512(out + kTileBytes, expand(packed + 48, e));
+          w.scales[g * w.rows + r] = _cvtsh_ss(p.scale[n * p.groups + g]);
         }
       }
 }
 
-// Adds to the sums of 32 outputs (from row `r` of the window) x 16 or 32 tokens the window's `groups` groups from `first` on.
-template <int TokenTiles>
-FLEXQ_AMX inline void product(const Problem& p, const Window& w, int64_t r, int64_t first, int64_t groups, int64_t m0, float (*sums)[kTile],
-                              float (*sums_next)[kTile]) {
-  alignas(64) int32_t buffer[2][4 * 256];
-  const int8_t* codes = w.codes + r / kTile * w.groups * 2 * kTileBytes;
-  const int64_t next_tile = w.groups * 2 * kTileBytes;
-  const auto start = [&](int64_t g) FLEXQ_AMX {
-    const int8_t* at = codes + g * 2 * kTileBytes;
-    const int64_t k = (first + g) * 2;
-    multiply<TokenTiles>(at, at + next_tile, p.tile(m0 / kTile, k), p.tile(m0 / kTile + TokenTiles - 1, k), buffer[g % 2]);
+// One group of 16 outputs x 16 or 32 tokens, whose activations are in tiles 4 to 7. The products start at the tokens' corrections,
+// a row of stride zero, which undoes the weights' offset and costs less than _tile_zero: that waits for the tile's last use.
+// What the vector unit has to do meanwhile comes in quarters between the tile instructions: in one piece it would wait for them.
+template <int TokenTiles, class Meanwhile>
+FLEXQ_AMX inline void multiply(const uint8_t* w, const int32_t* corrections, int32_t (*inner)[256], const Meanwhile& meanwhile) {
+  const auto quarter = [&](int i) FLEXQ_AMX {
+    asm volatile("" ::: "memory");  // tile instructions do not tell the compiler what they read and write
+    meanwhile(i);
+    asm volatile("" ::: "memory");
   };
-  // The next tokens' activations come from a far cache: each call fetches its share of them.
-  const int64_t share = 2 * 2 * kTileBytes * 32 / w.rows;
-  const char* later = reinterpret_cast<const char*>(p.tile(m0 / kTile + 2, first * 2)) + r / 32 * groups * share;
-  start(0);
-  for (int64_t g = 0; g < groups; ++g) {
-    if (g + 1 < groups) start(g + 1);
-    const float* sx = p.scales + (first + g) * p.padded_tokens + m0;
-    const __m512 sx0 = _mm512_load_ps(sx), sx1 = _mm512_load_ps(sx + (TokenTiles - 1) * kTile);
-    const int32_t* inner = buffer[g % 2];
-    const float* sw = w.scales + g * w.rows + r;
-    const char* soon = later + g * share;
-    for (int64_t line = 0; line < share; line += 64) _mm_prefetch(soon + line, _MM_HINT_T1);
+  asm volatile("" ::: "memory");
+  _tile_loadd(0, corrections, 0);
+  _tile_loadd(2, w, 64);
+  _tile_dpbusd(0, 2, 4);
+  quarter(0);
+  if (TokenTiles == 2) {
+    _tile_loadd(1, corrections + kTile, 0);
+    _tile_dpbusd(1, 2, 6);
+  }
+  quarter(1);
+  _tile_loadd(3, w + kTileBytes, 64);
+  _tile_dpbusd(0, 3, 5);
+  quarter(2);
+  if (TokenTiles == 2) _tile_dpbusd(1, 3, 7);
+  _tile_stored(0, inner[0], 64);
+  quarter(3);
+  if (TokenTiles == 2) _tile_stored(1, inner[1], 64);
+  asm volatile("" ::: "memory");
+}
+
+// Computes sums, [row][token], of the window's rows x 16 or 32 tokens. Meanwhile it fetches `lines` cache lines of the next window's
+// weights a step, from `soon` on, the next tokens' activations, and the lines of y that these sums go to.
+template <int TokenTiles>
+FLEXQ_AMX inline void product(const Problem& p, const Window& w, int64_t n0, int64_t m0, float* sums, const uint8_t*& soon, int64_t lines) {
+  constexpr int kTokens = TokenTiles * kTile;
+  alignas(64) int32_t inner[2][TokenTiles][256] = {};  // the first step adds nothing, scaled by nothing
+  __m512 sx0 = _mm512_setzero_ps(), sx1 = sx0;
+  const auto add = [&](const float* sw, const int32_t (*from)[256], float* sum, int quarter) FLEXQ_AMX {
 #pragma GCC unroll 4
-    for (int i = 0; i < 32; ++i) {
+    for (int i = quarter * 4; i < quarter * 4 + 4; ++i) {
+      float* to = sum + i * kTokens;
       const __m512 scale = _mm512_set1_ps(sw[i]);
-      const int32_t* from = inner + i / 16 * 512 + i % 16 * 16;
-      const __m512 a = _mm512_cvtepi32_ps(_mm512_load_si512(from));
-      _mm512_store_ps(sums[i], _mm512_fmadd_ps(a, _mm512_mul_ps(scale, sx0), _mm512_load_ps(sums[i])));
+      const __m512 a = _mm512_cvtepi32_ps(_mm512_load_si512(from[0] + i * kTile));
+      _mm512_store_ps(to, _mm512_fmadd_ps(a, _mm512_mul_ps(scale, sx0), _mm512_load_ps(to)));
       if (TokenTiles == 2) {
-        const __m512 b = _mm512_cvtepi32_ps(_mm512_load_si512(from + 256));
-        _mm512_store_ps(sums_next[i], _mm512_fmadd_ps(b, _mm512_mul_ps(scale, sx1), _mm512_load_ps(sums_next[i])));
+        const __m512 b = _mm512_cvtepi32_ps(_mm512_load_si512(from[TokenTiles - 1] + i * kTile));
+        _mm512_store_ps(to + kTile, _mm512_fmadd_ps(b, _mm512_mul_ps(scale, sx1), _mm512_load_ps(to + kTile)));
       }
+    }
+  };
+  std::memset(sums, 0, size_t(w.rows * kTokens) * sizeof(float));
+  const int64_t tiles = w.rows / kTile, share = 2 * TokenTiles * kTileBytes / tiles;
+  const uint8_t* codes = w.codes;
+  const float* sw = w.scales;
+  int64_t step = 0;
+  float* last = sums + (tiles - 1) * kTile * kTokens;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const int64_t at = g * p.padded_tokens + m0;
+    const int8_t* x0 = p.tile(m0 / kTile, g * 2);
+    const int8_t* x1 = p.tile(m0 / kTile + TokenTiles - 1, g * 2);
+    _tile_loadd(4, x0, 64);
+    _tile_loadd(5, x0 + kTileBytes, 64);
+    if (TokenTiles == 2) {
+      _tile_loadd(6, x1, 64);
+      _tile_loadd(7, x1 + kTileBytes, 64);
+    }
+    float* sum = sums;
+    for (int64_t t = 0; t < tiles; ++t, ++step, codes += kTile * kGroup) {
+      for (int64_t line = 0; line < lines; ++line, soon += 64) fetch(soon);
+      if (m0 + kTokens < p.padded_tokens) {
+        const int8_t* next = p.tile(m0 / kTile + TokenTiles + t % TokenTiles, g * 2) + t / TokenTiles * share;
+        for (int64_t line = 0; line < share; line += 64) fetch(next + line);
+      }
+      if (g < kTokens) fetch(p.y + (m0 + g) * p.outputs + n0 + t * kTile);
+      const int32_t(*done)[256] = inner[(step + 1) % 2];
+      float* to = t ? sum - kTile * kTokens : last;
+      const float* scale = step ? sw - kTile : sw;
+      multiply<TokenTiles>(codes, p.corrections + at, inner[step % 2], [&](int quarter) FLEXQ_AMX { add(scale, done, to, quarter); });
+      if (t == 0) sx0 = _mm512_load_ps(p.scales + at), sx1 = _mm512_load_ps(p.scales + at + (TokenTiles - 1) * kTile);
+      sum += kTile * kTokens, sw += kTile;
     }
   }
+  for (int quarter = 0; quarter < 4; ++quarter) add(sw - kTile, inner[(step + 1) % 2], last, quarter);
 }
 
-// For a moderate number of tokens the expanded window stays in the first-level cache and is used up at once; for many, the
-// window is tall, so that the activations, which do not fit, are read less often.
-FLEXQ_AMX inline void amx_tiles(const Problem& p, int64_t begin, int64_t end) {
+// A window of weights is expanded once and used for all tokens. It stays in the second-level cache, and is the taller the more
+// tokens there are, because activations, which do not stay, are read once a window. While it is used, the next one's packed
+// weights are fetched, so that memory does not idle; with many tokens by the last of them, lest they be evicted again.
+FLEXQ_AMX inline void amx_tiles(const Problem& p, int64_t begin, int64_t end, int64_t next) {
   static thread_local Scratch weights, scales, all_sums;
   _tile_loadconfig(&kTileConfig);
-  const bool tall = p.tokens > 100;
-  Window w;
-  w.rows = tall ? 128 : 32;  // 512 KiB of codes, or 16 KiB
-  w.groups = tall ? 32 : 4;
-  w.groups = w.groups < p.groups ? w.groups : p.groups;
-  w.codes = weights.get<int8_t>(size_t(w.rows * w.groups * kGroup));
-  w.scales = scales.get<float>(size_t(w.rows * w.groups));
-  auto* sums = all_sums.get<float[kTile]>(size_t(p.padded_tokens / kTile * w.rows));  // [token tile][row][16 tokens]
-  for (int64_t n0 = begin; n0 < end; n0 += w.rows) {
-    std::memset(sums, 0, size_t(p.padded_tokens * w.rows) * sizeof(float));
-    for (int64_t first = 0; first < p.groups; first += w.groups) {
-      const int64_t groups = p.groups - first < w.groups ? p.groups - first : w.groups;
-      expand_window(p, w, n0, end, first, groups);
-      for (int64_t m0 = 0; m0 < p.padded_tokens; m0 += 2 * kTile)
-        for (int64_t r = 0; r < w.rows; r += 32) {
-          auto* here = sums + m0 / kTile * w.rows + r;
-          if (m0 + kTile < p.padded_tokens)
-            product<2>(p, w, r, first, groups, m0, here, here + w.rows);
-          else
-            product<1>(p, w, r, first, groups, m0, here, nullptr);
-        }
+  const int64_t fit = 1024 * 1024 / (p.groups * kGroup);
+  const int64_t height = fit >= 128 && p.tokens > 100 ? 128 : fit >= 64 ? 64 : 32;
+  const int64_t pairs = (p.padded_tokens + 2 * kTile - 1) / (2 * kTile), fetching = pairs < 4 ? pairs : 4;
+  const int64_t lines = (kTile * kGroupBytes / 64 + fetching - 1) / fetching;
+  float* sums = all_sums.get<float>(size_t(height * 2 * kTile));
+  Window w{weights.get<uint8_t>(size_t(height * p.groups * kGroup)), scales.get<float>(size_t(height * p.groups)), 0};
+  for (int64_t n0 = begin; n0 < end; n0 += height) {
+    const int64_t stop = end - n0 < height ? end : n0 + height, after = stop < end ? stop : next;
+    w.rows = (stop - n0 + kTile - 1) / kTile * kTile;
+    expand_window(p, w, n0, stop);
+    const bool more = after < p.outputs;
+    const uint8_t* soon = more ? p.packed(after, 0) : nullptr;
+    for (int64_t at = 0; more && at < w.rows * p.groups; at += 32) fetch(p.scale + after * p.groups + at);
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int64_t m0 = pair * 2 * kTile;
+      const bool two = m0 + kTile < p.padded_tokens;
+      (two ? product<2> : product<1>)(p, w, n0, m0, sums, soon, more && pair >= pairs - fetching ? lines : 0);
+      store_sums(p, n0, stop, m0, two ? 2 * kTile : kTile, sums);
     }
-    for (int64_t m0 = 0; m0 < p.padded_tokens; m0 += kTile)
-      store_block(p, n0, end, m0, int(w.rows), sums + m0 / kTile * w.rows);
   }
   _tile_release();
 }

@@ -33,7 +33,7 @@ inline void rows(const Problem& p, int64_t begin, int64_t end) {
   }
 }
 
-inline void tiles(const Problem& p, int64_t begin, int64_t end) {
+inline void tiles(const Problem& p, int64_t begin, int64_t end, int64_t) {
   for (int64_t n = begin; n < end; ++n) {
     for (int64_t m16 = 0; m16 < p.padded_tokens / kTile; ++m16) {
       float sums[kTile] = {};

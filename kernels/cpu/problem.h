@@ -44,13 +44,14 @@ struct Problem {
   }
 };
 
-// A path of one instruction set. `rows` computes outputs [begin, end) for few tokens, `tiles` for many.
+// A path of one instruction set. `rows` computes outputs [begin, end) for few tokens, `tiles` for many; `next` is where the same
+// thread goes on, so that it can fetch weights ahead, or not less than `outputs`.
 struct Path {
   const char* name;
   bool (*available)();
   int64_t (*quantize)(const Problem&, int64_t token);   // returns the first non-finite index, or -1
   void (*rows)(const Problem&, int64_t begin, int64_t end);
-  void (*tiles)(const Problem&, int64_t begin, int64_t end);
+  void (*tiles)(const Problem&, int64_t begin, int64_t end, int64_t next);
 };
 
 // The stored scales are never subnormal, infinite or NaN (flexq_core/quant/quantize.py), so that moving the exponent is enough.

@@ -60,13 +60,18 @@ int64_t run(Problem p, const Path& path, int threads) {
   }
   if (bad != INT64_MAX) return bad;
 
-  const int64_t block = p.few() ? 16 : 128;
-  const int64_t blocks = (p.outputs + block - 1) / block;
-  const int64_t chunk = std::max<int64_t>(1, blocks / (threads * 8));  // some slack for cores that are busy elsewhere
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (p.outputs * p.groups > 512)
-  for (int64_t first = 0; first < blocks; first += chunk) {
-    const int64_t end = std::min((first + chunk) * block, p.outputs);
-    (p.few() ? path.rows : path.tiles)(p, first * block, end);
+  // Threads claim chunks as they come to them, some slack for cores that are busy elsewhere, and know their next one.
+  const int64_t share = std::max<int64_t>(kTile, (p.outputs / (threads * 8) + kTile - 1) / kTile * kTile);
+  const int64_t chunk = p.few() ? share : std::min<int64_t>(share, 128);
+  std::atomic<int64_t> claimed{0};
+#pragma omp parallel num_threads(threads) if (p.outputs * p.groups > 512)
+  for (int64_t first = claimed.fetch_add(chunk), next; first < p.outputs; first = next) {
+    next = claimed.fetch_add(chunk);
+    const int64_t end = std::min(first + chunk, p.outputs);
+    if (p.few())
+      path.rows(p, first, end);
+    else
+      path.tiles(p, first, end, next);
   }
   return -1;
 }

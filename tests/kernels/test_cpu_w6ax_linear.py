@@ -11,7 +11,7 @@ from tests import reference
 AVAILABLE, REASON = build.cpu_kernel_available()
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason=f"the kernel cannot be built: {REASON}")
 ISAS = cpu.available_isas() if AVAILABLE else []
-TOKENS = [1, 2, 3, 7, 8, 9, 16, 17, 33, 64]
+TOKENS = [1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 131]
 
 
 def linear(x, packed, scales, exponents, bias, activation_bits, isa):
