@@ -30,7 +30,15 @@ import torch
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 CPU_FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=off")
 CUDA_FLAGS = ("-O3", "-std=c++17")
-CUDA_SOURCES = ("bindings.cpp", "repack.cu", "quantize_activation.cu", "w6ax_imma.cu", "w6ax_bmma.cu", "w6ax_wgmma.cu")
+CUDA_SOURCES = (
+    "bindings.cpp",
+    "repack.cu",
+    "quantize_activation.cu",
+    "norm_quantize.cu",
+    "w6ax_imma.cu",
+    "w6ax_wgmma.cu",
+    "w6ax_bmma.cu",
+)
 LEAST_CAPABILITY = (8, 0)
 """Of a card: asynchronous copies, and tensor cores for bytes and for bits."""
 WAIT_SECONDS = 600

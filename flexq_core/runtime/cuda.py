@@ -1,19 +1,22 @@
 """The compiled CUDA kernels behind checked, tensor-level functions.
 
 A layer's weights are repacked once, from the canonical rows to the chunks of kernels/cuda/layout.cuh; a call then
-quantises its activations and multiplies, two launches on the current stream. Nothing waits for the GPU, so that calls
-can be captured in CUDA graphs. For the same reason a token that is not finite raises nothing: all its outputs are NaN.
+quantises its activations and multiplies, two launches on the current stream. What comes before the layer in a transformer
+block (RMSNorm, LayerNorm, SiLU times up, ReLU) can be fused into the first of them: `*_quantize`. Nothing waits for the
+GPU, so that calls can be captured in CUDA graphs. For the same reason a token that is not finite raises nothing: all its
+outputs are NaN.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from flexq_core.quant.spec import GROUP_SIZE
+from flexq_core.quant.spec import ACTIVATION_BITS, GROUP_SIZE, group_count, require_bits
 from flexq_core.runtime import auto, build
 
 ORDERS = {"imma": 0, "bmma": 1, "wgmma": 2}
@@ -21,6 +24,9 @@ ORDERS = {"imma": 0, "bmma": 1, "wgmma": 2}
 
 CHUNK_ROWS, CHUNK_BYTES = 32, 32 * GROUP_SIZE * 6 // 8 + 32 * 2
 """Outputs of a chunk of repacked weights, and its bytes: codes of one group, then float16 scales."""
+
+MOST_NORM_FEATURES = 16384
+"""That a block keeps in registers (norm_quantize.cu)."""
 
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TOKEN_TILES = {"imma": (1, 2, 4, 8), "bmma": (1, 2), "wgmma": (2, 4, 8, 16)}
@@ -59,31 +65,171 @@ def repack(weight: Tensor, weight_scale: Tensor, backend: str) -> Tensor:
     return chunks
 
 
-def quantize_activation(x: Tensor, activation_bits: int, backend: str) -> Tensor:
+def quantize_activation(x: Tensor, activation_bits: int, backend: str, out: Tensor | None = None) -> Tensor:
     """Codes and scales of every token and group, as records in the order that a backend's kernel reads.
 
-    x: [M, K] float32, float16 or bfloat16 on a GPU.  Returns [bytes] uint8; see kernels/cuda/layout.cuh.
+    x: [M, K] float32, float16 or bfloat16 on a GPU; rows may lie apart.  activation_bits: 6 or 8.
+    backend: `imma` or `bmma`.  out: records of an earlier call of the same kind, to be overwritten, or None.
+    Returns [bytes] uint8 for `linear`; see kernels/cuda/layout.cuh. A group that is not finite gets the scale NaN.
+    Raises TypeError or ValueError for what does not fit, before anything is launched; says what is accepted.
     """
-    kernels = _kernels(x)
+    _require_quantizable({"x": x}, activation_bits, backend)
+    return _quantize("quantize_activation", x, (_rows(x),), activation_bits, backend, out)
+
+
+def relu_quantize(x: Tensor, activation_bits: int, backend: str, out: Tensor | None = None) -> Tensor:
+    """`quantize_activation(torch.relu(x))` in one launch, bit for bit (OPT's fc1 → fc2).
+
+    x: [M, K] float32, float16 or bfloat16 on a GPU.  The rest, and what is raised, as for `quantize_activation`.
+    """
+    _require_quantizable({"x": x}, activation_bits, backend)
+    return _quantize("relu_quantize", x, (_rows(x),), activation_bits, backend, out)
+
+
+def silu_mul_quantize(
+    gate: Tensor, up: Tensor, activation_bits: int, backend: str, out: Tensor | None = None
+) -> Tensor:
+    """`quantize_activation(F.silu(gate) * up)` in one launch (LLaMA's gate and up → down).
+
+    gate, up: [M, K] float32, float16 or bfloat16 on a GPU, of one type; both may be views of one tensor, such as
+    `gate_up.chunk(2, dim=-1)`, without a copy.  The rest, and what is raised, as for `quantize_activation`.
+
+    SiLU is x / (1 + exp(-x)) in float32, rounded to x's type, and so is the product: torch's own definition. The
+    float32 exponential may differ from torch's in its last bit where they are compiled by different CUDA releases.
+    """
+    _require_quantizable({"gate": gate, "up": up}, activation_bits, backend)
+    return _quantize("silu_mul_quantize", gate, (_rows(gate), _rows(up)), activation_bits, backend, out)
+
+
+def rms_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    activation_bits: int,
+    backend: str,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LLaMA's RMSNorm and `quantize_activation` of its result in one launch, with the residual addition before it.
+
+    x: [M, K] float32, float16 or bfloat16 on a GPU, K at most 16384.  weight: [K] and residual: [M, K], of x's type.
+    eps: finite, at least 0.  activation_bits, backend and out as for `quantize_activation`.
+    Returns the records; with a residual (records, x + residual), the sum [M, K] rounded to x's type: it is what is
+    normalised, and the residual of what follows.
+    Raises TypeError or ValueError for what does not fit, before anything is launched; says what is accepted.
+
+    As transformers rounds: h * rsqrt(mean(h^2) + eps) in float32, rounded to x's type, times weight, rounded. The mean
+    is summed in another order than torch's, so that a result may be on the other side of a rounding.
+    """
+    return _norm_quantize("rms_norm_quantize", x, weight, None, eps, activation_bits, backend, residual, out)
+
+
+def layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    activation_bits: int,
+    backend: str,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`F.layer_norm` and `quantize_activation` of its result in one launch, with the residual addition before it (OPT).
+
+    bias: [K] of x's type, or None.  All else as for `rms_norm_quantize`, but the result is rounded once, as torch's:
+    (h - mean) * rsqrt(variance + eps) * weight + bias in float32, then x's type.
+    """
+    return _norm_quantize("layer_norm_quantize", x, weight, bias, eps, activation_bits, backend, residual, out)
+
+
+def _norm_quantize(operation, x, weight, bias, eps, activation_bits, backend, residual, out):
+    rows = {"x": x} if residual is None else {"x": x, "residual": residual}
+    vectors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    _require_quantizable(rows, activation_bits, backend, vectors)
+    if not 0 < x.shape[1] <= MOST_NORM_FEATURES:
+        raise ValueError(f"x has {x.shape[1]} features; accepted by a fused norm: 1 to {MOST_NORM_FEATURES}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps}; accepted: a finite number, at least 0")
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    total = None if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    operands = (
+        _rows(x),
+        None if residual is None else _rows(residual),
+        total,
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        eps,
+    )
+    records = _quantize(operation, x, operands, activation_bits, backend, out)
+    return records if total is None else (records, total)
+
+
+def _quantize(
+    operation: str, x: Tensor, operands: tuple, activation_bits: int, backend: str, out: Tensor | None
+) -> Tensor:
+    """Run one of the kernels that end in records of x's shape, on operands in the order of its binding."""
+    kernels, order = _kernels(x), ORDERS[backend]
     tokens, features = x.shape
-    groups, tiles = -(-features // GROUP_SIZE), token_tiles(tokens, backend)
-    record = kernels.record_bytes(ORDERS[backend], activation_bits, tiles)
-    records = torch.empty(-(-tokens // (8 * tiles)) * groups * record, dtype=torch.uint8, device=x.device)
-    x = x.contiguous()
-    with torch.cuda.device(x.device):
-        kernels.quantize_activation(
-            x.data_ptr(),
-            _FLOATS[x.dtype],
-            records.data_ptr(),
-            tokens,
-            features,
-            groups,
-            activation_bits,
-            tiles,
-            ORDERS[backend],
-            _stream(x),
+    groups, tiles = group_count(features), token_tiles(tokens, backend)
+    size = -(-tokens // (8 * tiles)) * groups * kernels.record_bytes(order, activation_bits, tiles)
+    if out is None:
+        out = torch.empty(size, dtype=torch.uint8, device=x.device)
+    else:
+        _require_records(out, size, x)
+    if size:
+        addresses = tuple(_address(each) if each is None or isinstance(each, Tensor) else each for each in operands)
+        records = (out.data_ptr(), tokens, features, groups, tiles, activation_bits, order)
+        with torch.cuda.device(x.device):
+            getattr(kernels, operation)(*addresses, _FLOATS[x.dtype], records, _stream(x))
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with each row's numbers side by side; the rows stay where they are."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _address(rows: Tensor | None) -> tuple[int, int]:
+    """Of the first row, and how many numbers lie from one row to the next."""
+    return (0, 0) if rows is None else (rows.data_ptr(), rows.stride(0))
+
+
+def _require_quantizable(
+    rows: dict[str, Tensor], activation_bits: int, backend: str, vectors: dict[str, Tensor] | None = None
+) -> None:
+    """Check what a kernel that quantises is given: the first of `rows` says what all others must match."""
+    if backend not in ORDERS:
+        raise ValueError(f"backend is {backend!r}; accepted for records: {', '.join(ORDERS)}")
+    require_bits(activation_bits, accepted=ACTIVATION_BITS, what="activation bits")
+    first, x = next(iter(rows.items()))
+    if x.dtype not in _FLOATS or x.dim() != 2:
+        raise TypeError(
+            f"{first} is {x.dtype} of shape {tuple(x.shape)}; accepted: [M, K] float32, float16 or bfloat16"
         )
-    return records
+    for name, tensor in {**rows, **(vectors or {})}.items():
+        shape = tuple(x.shape) if name in rows else (x.shape[1],)
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name} is {tensor.dtype}, {first} {x.dtype}; accepted: one type")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; accepted: {shape} for {first} of {tuple(x.shape)}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, {first} on {x.device}; accepted: one device")
+    if x.device.type != "cuda":
+        raise ValueError(f"{first} is on {x.device}; accepted: a CUDA device")
+
+
+def _require_records(out: Tensor, size: int, x: Tensor) -> None:
+    if out.dtype != torch.uint8 or tuple(out.shape) != (size,) or not out.is_contiguous():
+        contiguous = "" if out.is_contiguous() else ", not contiguous"
+        raise ValueError(f"out is {out.dtype} of shape {tuple(out.shape)}{contiguous}; accepted: [{size}] torch.uint8")
+    if out.device != x.device:
+        raise ValueError(f"out is on {out.device}, x on {x.device}; accepted: one device")
+    if out.data_ptr() % 16:
+        raise ValueError(f"out starts at an address of {out.data_ptr() % 16} modulo 16; accepted: a multiple of 16")
 
 
 def linear(
@@ -98,8 +244,8 @@ def linear(
 ) -> Tensor:
     """The product alone: quantised activations times repacked weights, into `out`.
 
-    records: `quantize_activation` of [tokens, K].  chunks: `repack` for the same backend.  weight_exponent: [N] int8.
-    bias: [N] or None.  out: [tokens, N] float32, float16 or bfloat16, contiguous; returned.
+    records: `quantize_activation` of [tokens, K], or what a fused `*_quantize` returns.  chunks: `repack` for the same
+    backend.  weight_exponent: [N] int8.  bias: [N] or None.  out: [tokens, N] float32, float16 or bfloat16, contiguous; returned.
     """
     weight_exponent = weight_exponent.contiguous()
     bias = None if bias is None else bias.contiguous()

@@ -1,6 +1,8 @@
 // The CUDA kernels as Python functions. Free of torch: operands come as addresses that flexq_core/runtime/cuda.py has checked.
 #include <pybind11/pybind11.h>
 
+#include <tuple>
+
 #include "kernels.h"
 #include "layout.cuh"
 
@@ -12,6 +14,24 @@ using Address = uintptr_t;
 template <class T = void>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
+}
+
+// Address of the first row, and numbers from one row to the next.
+using Matrix = std::tuple<Address, int64_t>;
+
+Rows rows(const Matrix& matrix) { return {pointer(std::get<0>(matrix)), std::get<1>(matrix)}; }
+
+// Address of the records, tokens, features, groups, token_tiles, bits, order.
+using Quantized = std::tuple<Address, int, int, int, int, int, int>;
+
+Records records(const Quantized& to) {
+  const auto [start, tokens, features, groups, token_tiles, bits, order] = to;
+  return {pointer<uint8_t>(start), tokens, features, groups, token_tiles, bits, Order(order)};
+}
+
+template <void (&kRun)(const Norm&, Float, const Records&, cudaStream_t)>
+void bind_norm(Matrix x, Matrix residual, Matrix sum, Address weight, Address bias, float epsilon, int type, Quantized to, Address stream) {
+  kRun({rows(x), rows(residual), rows(sum), pointer(weight), pointer(bias), epsilon}, Float(type), records(to), pointer<CUstream_st>(stream));
 }
 
 void bind_linear(Address weight, Address exponent, Address bias, int bias_type, Address activations, Address y, int y_type, int tokens,
@@ -34,10 +54,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("repack", [](Address weight, Address scale, Address chunks, int outputs, int groups, int order, Address stream) {
     repack(pointer(weight), pointer(scale), pointer(chunks), outputs, groups, order, pointer<CUstream_st>(stream));
   });
-  module.def("quantize_activation", [](Address x, int x_type, Address activations, int tokens, int features, int groups, int bits,
-                                       int token_tiles, int order, Address stream) {
-    quantize_activation(pointer(x), x_type, pointer(activations), tokens, features, groups, bits, token_tiles, order,
-                        pointer<CUstream_st>(stream));
+  module.def("quantize_activation", [](Matrix x, int type, Quantized to, Address stream) {
+    quantize_activation(rows(x), Float(type), records(to), pointer<CUstream_st>(stream));
   });
+  module.def("relu_quantize", [](Matrix x, int type, Quantized to, Address stream) {
+    relu_quantize(rows(x), Float(type), records(to), pointer<CUstream_st>(stream));
+  });
+  module.def("silu_mul_quantize", [](Matrix gate, Matrix up, int type, Quantized to, Address stream) {
+    silu_mul_quantize(rows(gate), rows(up), Float(type), records(to), pointer<CUstream_st>(stream));
+  });
+  module.def("rms_norm_quantize", &bind_norm<rms_norm_quantize>);
+  module.def("layer_norm_quantize", &bind_norm<layer_norm_quantize>);
   module.def("linear", &bind_linear);
 }

@@ -7,12 +7,21 @@
 
 namespace flexq {
 
+enum class Float : int;
 struct Linear;
+struct Norm;
+struct Records;
+struct Rows;
 
 void repack(const void* weight, const void* scale, void* chunks, int outputs, int groups, int order, cudaStream_t stream);
 
-void quantize_activation(const void* x, int x_type, void* activations, int tokens, int features, int groups, int bits, int token_tiles,
-                         int order, cudaStream_t stream);
+void quantize_activation(const Rows& x, Float type, const Records& records, cudaStream_t stream);
+void relu_quantize(const Rows& x, Float type, const Records& records, cudaStream_t stream);
+void silu_mul_quantize(const Rows& gate, const Rows& up, Float type, const Records& records, cudaStream_t stream);
+
+// Both in norm_quantize.cu.
+void rms_norm_quantize(const Norm& norm, Float type, const Records& records, cudaStream_t stream);
+void layer_norm_quantize(const Norm& norm, Float type, const Records& records, cudaStream_t stream);
 
 void w6ax_imma(const Linear& linear, int token_tiles, cudaStream_t stream);
 void w6ax_wgmma(const Linear& linear, int token_tiles, cudaStream_t stream);

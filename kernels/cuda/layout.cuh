@@ -69,6 +69,32 @@ struct Finish {
   __device__ __forceinline__ float operator()(float sum) const { return sum * factor + bias; }
 };
 
+// Rows of numbers, `stride` numbers apart.
+struct Rows {
+  const void* data;
+  int64_t stride;
+};
+
+// Where quantised activations [tokens, features] go, and how.
+struct Records {
+  uint8_t* start;
+  int tokens, features, groups;
+  int token_tiles;  // a power of two
+  int bits;
+  Order order;
+};
+
+constexpr int kMostNormFeatures = 16384;
+
+struct Norm {
+  Rows x;
+  Rows residual;  // added to x first, or null
+  Rows sum;       // x + residual is written here, where there is a residual
+  const void* weight;
+  const void* bias;  // or null
+  float epsilon;
+};
+
 __device__ __forceinline__ float load_float(const void* from, int64_t at, Float type) {
   if (type == Float::f32) return static_cast<const float*>(from)[at];
   if (type == Float::f16) return __half2float(static_cast<const __half*>(from)[at]);

@@ -37,6 +37,9 @@ __device__ __forceinline__ void threads_meet() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
+// Brings the line of an address into the L2 cache.
+__device__ __forceinline__ void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 // Lets the next kernel of the stream start its prologue while this one runs (programmatic dependent launch).
 __device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
