@@ -229,9 +229,8 @@ def plot_speedups(table: pd.DataFrame, baseline: str = "") -> Figure:
 
 def bandwidth_reached(table: pd.DataFrame, tokens: int) -> pd.DataFrame:
     """On a GPU, with so many tokens: {outputs, features, method, bandwidth_share}, of FlexQ the chosen backend alone."""
-    chosen = chosen_backends(table)
-    ours = set(chosen[["outputs", "features", "method"]].itertuples(index=False, name=None))
     rows = table[table["tokens"] == tokens].dropna(subset=["gemm_us"])
+    ours = set(chosen_backends(rows)[["outputs", "features", "method"]].itertuples(index=False, name=None))
     mine = [
         row.method not in ops.BACKENDS or (row.outputs, row.features, row.method) in ours for row in rows.itertuples()
     ]
