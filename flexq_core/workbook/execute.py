@@ -102,16 +102,18 @@ def execute_all(plan: Iterable[tuple[str, Mapping[str, Any]]], *, stop_at_failur
     return well
 
 
-_TORCH_ON_CPU = {
+_ENVIRONMENT = {
     "OMP_PROC_BIND": "true",
     "OMP_PLACES": "cores",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "PYTHONFAULTHANDLER": "1",
 }
 """OMP_*: a core for each of torch's threads. Left to itself, a small virtual machine may keep two that spin at each other's
 barriers on one core, where every parallel step waits for a time slice: several times slower, for minutes.
 MALLOC_*: the C library gives large tensors back to the system at once and has every page of the next one made anew, a fifth of
-the time of scoring a text; told so, it keeps up to 1 GiB."""
+the time of scoring a text; told so, it keeps up to 1 GiB.
+PYTHONFAULTHANDLER: a process that crashes says where, on the error output."""
 
 
 @contextmanager
@@ -124,12 +126,12 @@ def _this_python_as_kernel():
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
         (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "FlexQ", "language": "python"}))
         before = {
-            name: os.environ.get(name) for name in ("JUPYTER_PATH", "PYTHONPATH", "FLEXQ_HEADLESS", *_TORCH_ON_CPU)
+            name: os.environ.get(name) for name in ("JUPYTER_PATH", "PYTHONPATH", "FLEXQ_HEADLESS", *_ENVIRONMENT)
         }
         for name, entry in (("JUPYTER_PATH", folder), ("PYTHONPATH", str(paths.ROOT))):
             os.environ[name] = os.pathsep.join(filter(None, (entry, before[name])))
         os.environ["FLEXQ_HEADLESS"] = "1"
-        for name, value in _TORCH_ON_CPU.items():
+        for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         try:
             yield

@@ -68,6 +68,12 @@ def test_a_kernel_that_dies_is_a_notebook_that_failed(folder, capsys):
     assert printed(folder / "good-all.ipynb")
 
 
+def test_a_kernel_that_crashes_says_where(folder, capfd):
+    notebook("crashes", "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
+    assert execute_all([("crashes", {})]) is False
+    assert "Fatal Python error: Segmentation fault" in capfd.readouterr().err
+
+
 def test_the_others_still_run_after_one_failed(folder, capsys):
     assert execute_all([("bad", {"count": 2}), ("good", {})]) is False
     first, *rest = capsys.readouterr().out.splitlines()
