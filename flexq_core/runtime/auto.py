@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 PATH = Path(__file__).with_name("auto.json")
+CHOICES = ("imma", "wgmma")
+"""What `auto` chooses from on a GPU."""
 UNMEASURED_FROM = 65
 """For a card without rows."""
 

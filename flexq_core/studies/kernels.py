@@ -37,7 +37,7 @@ from flexq_core.runtime import auto, ops
 from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.sources import paper
 from flexq_core.studies import kernels_gpu
-from flexq_core.studies.kernels_compared import AUTO_ON_GPU, bandwidth_reached, mean_speedups, title, wgmma_wins
+from flexq_core.studies.kernels_compared import bandwidth_reached, mean_speedups, title, wgmma_wins
 from flexq_core.studies.parameters import counts, names, require_at_least, require_between
 from flexq_core.workbook.machine import preemptions, provenance
 from flexq_core.workbook.paths import ROOT
@@ -125,7 +125,7 @@ class KernelStudy:
         require_at_least(0, seed=seed)
         fastest = [ops.resolve_backend("auto", run.device)] if "auto" in asked else []
         if fastest == ["auto"]:  # it depends on the shape, so what it chooses from is timed
-            fastest = list(AUTO_ON_GPU)
+            fastest = list(auto.CHOICES)
         self.methods = list(dict.fromkeys(m for method in asked for m in (fastest if method == "auto" else [method])))
         self.activation_bits, self.repeats, self.seed = activation_bits, repeats, seed
         self.threads = threads or torch.get_num_threads()
@@ -394,7 +394,7 @@ AT_MOST_OVER_INT8 = 1.1
 """How much longer than torch's dynamic INT8 FlexQ's CPU kernel may take for one token, the geometric mean over shapes."""
 AT_MOST_PREEMPTIONS = 0.25
 """Preemptions a call above which a machine is too busy to tell: on a quiet one there are hardly any."""
-AT_LEAST_ON_H200 = {"cublaslt-fp8": 1.35, "torch-fp16": 2.3, "cublas-int8": 1.8}
+AT_LEAST_ON_H200 = {"cublaslt-fp8": 1.25, "torch-fp16": 2.3, "cublas-int8": 1.6}
 """Library → FlexQ's speed-up over it, products alone, the geometric mean over shapes and 1, 4 and 8 tokens."""
 LEAST_BANDWIDTH = 0.9
 """Share of the measured bandwidth of copying that the product reaches on the largest shapes with up to 16 tokens."""

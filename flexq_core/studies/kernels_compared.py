@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from flexq_core.runtime import ops
+from flexq_core.runtime import auto, ops
 from flexq_core.sources import paper
 from flexq_core.workbook import figures
 
@@ -31,9 +31,6 @@ RIVALS = ("torch-fp16", "cublaslt-fp8", "cublas-int8")
 DECODE_TOKENS = (1, 4, 8)
 """The batch sizes of the paper's kernel figure."""
 
-AUTO_ON_GPU = ("imma", "wgmma")
-"""The backends that `auto` chooses from on a GPU, by the shape."""
-
 _CASE = ["outputs", "features", "tokens"]
 
 
@@ -44,7 +41,7 @@ def time_column(table: pd.DataFrame) -> str:
 
 def chosen_backends(table: pd.DataFrame) -> pd.DataFrame:
     """{outputs, features, tokens, method}: FlexQ's fastest backend by case, on a GPU among those that `auto` chooses from."""
-    backends = [name for name in AUTO_ON_GPU if name in set(table["method"])] or ops.BACKENDS
+    backends = [name for name in auto.CHOICES if name in set(table["method"])] or ops.BACKENDS
     flexq = table[table["method"].isin(backends)].dropna(subset=["median_us"])
     return (
         flexq.sort_values("median_us", kind="stable").drop_duplicates(_CASE)[[*_CASE, "method"]].reset_index(drop=True)

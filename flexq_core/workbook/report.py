@@ -133,13 +133,13 @@ _LIBRARIES = {"torch-fp16": "cuBLAS FP16", "cublaslt-fp8": "cuBLASLt FP8", "cubl
 def kernel_table(records: pd.DataFrame) -> pd.DataFrame:
     """FlexQ's speed-up on GPUs over each library, products alone, the geometric mean over shapes; empty without records.
 
-    A row a GPU, activation bits and tokens. By shape FlexQ's backend is the one whose layer is fastest with the fewest tokens.
+    A row a GPU, activation bits and tokens. Of the backends that `auto` chooses from, the faster layer counts.
     """
+    from flexq_core.runtime import auto
+
     times = gpu_kernel_times(records)
-    layer = ["device", "activation_bits", "outputs", "features"]
-    flexq = times.dropna(subset=["activation_bits"])
-    chosen = flexq.sort_values(["tokens", "median_us"], kind="stable").drop_duplicates(layer)[[*layer, "method"]]
-    flexq = flexq.merge(chosen, on=[*layer, "method"])
+    flexq = times[times["method"].isin(auto.CHOICES)].sort_values("median_us", kind="stable")
+    flexq = flexq.drop_duplicates(["device", "activation_bits", "outputs", "features", "tokens"])
     rows = []
     for (device, bits, tokens), mine in flexq.groupby(["device", "activation_bits", "tokens"]):
         shown = {"GPU": device, "activations": f"{bits:.0f} bits", "tokens": tokens, "shapes": len(mine)}

@@ -439,7 +439,7 @@ def test_claims_of_an_h200_are_means_over_shapes_and_the_bandwidth_of_the_larges
     assert [holds for _, holds, _ in found] == [True] * 5
     assert found[1][2].startswith("1.43× over 20 shapes and 1, 4, 8 tokens; 1.3") and "quantisation" in found[1][2]
     assert found[4][2].startswith("least 95.2%, ") and found[4][2].endswith("; 8 cases")
-    assert verdicts(gpu_times(**H200 | {"imma": 1.15})) == [True, False, True, False, False]
+    assert verdicts(gpu_times(**H200 | {"imma": 1.3})) == [True, False, False, False, False]
     assert verdicts(gpu_times(**H200).assign(definition_error=1e-3)) == [False, True, True, True, True]
 
 
