@@ -20,10 +20,12 @@ CHOICES = ("imma", "wgmma")
 """What `auto` chooses from on a GPU."""
 UNMEASURED_FROM = 65
 """For a card without rows."""
+UNDECIDED_FROM = 129
+"""For a layer whose row says null: `wgmma` was faster for no number that was timed, but reads weights once for 128 tokens."""
 
 
-def wgmma_from(card: str, outputs: int, features: int) -> float:
-    """The least number of tokens for which `wgmma` is the faster in the nearest layer timed on this card; inf for none.
+def wgmma_from(card: str, outputs: int, features: int) -> int:
+    """The least number of tokens for which `auto` takes `wgmma`: as the nearest layer timed on this card has it.
 
     card: the GPU's name.  Nearest: by the ratios of outputs and of features.
     """
@@ -35,7 +37,7 @@ def wgmma_from(card: str, outputs: int, features: int) -> float:
     if not rows:
         return UNMEASURED_FROM
     found = min(rows, key=distance)["wgmma_from"]
-    return math.inf if found is None else found
+    return UNDECIDED_FROM if found is None else found
 
 
 @cache

@@ -1,7 +1,6 @@
 """`auto` on a GPU: wgmma from the number of tokens measured for the nearest layer of this card."""
 
 import json
-import math
 
 import pytest
 
@@ -25,8 +24,8 @@ def rows(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("layer", "tokens"),
     [
-        (("A", 4096, 4096), math.inf),
-        (("A", 5120, 3000), math.inf),
+        (("A", 4096, 4096), auto.UNDECIDED_FROM),
+        (("A", 5120, 3000), auto.UNDECIDED_FROM),
         (("A", 20000, 9000), 33),
         (("B", 4096, 4096), auto.UNMEASURED_FROM),
     ],
