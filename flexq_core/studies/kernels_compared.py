@@ -126,7 +126,7 @@ def title(method: str, on_gpu: bool = True) -> str:
 _COLOURS = {
     "cpu": figures.MAIN,
     "imma": figures.MAIN,
-    "wgmma": figures.SEQUENCE[1],
+    "wgmma": figures.SEQUENCE[3],
     "bmma": figures.SEQUENCE[4],
     "reference": figures.SEQUENCE[4],
     "simulate": figures.SEQUENCE[5],
@@ -136,7 +136,7 @@ _COLOURS = {
     "torch-int8": figures.ACCENT,
     "cublas-int8": figures.ACCENT,
     "cublaslt-fp8": figures.SEQUENCE[5],
-    "torchao-int8wo": figures.SEQUENCE[3],
+    "torchao-int8wo": figures.INK,
 }
 _MARKERS = "osD^vPX*"
 
