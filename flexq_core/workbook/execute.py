@@ -69,7 +69,13 @@ def execute(study: str, parameters: Mapping[str, Any]) -> Path:
     with _this_python_as_kernel():
         try:
             papermill.execute_notebook(
-                str(notebook), str(copy), dict(parameters), kernel_name=KERNEL, cwd=paths.NOTEBOOKS, progress_bar=False
+                str(notebook),
+                str(copy),
+                dict(parameters),
+                kernel_name=KERNEL,
+                cwd=paths.NOTEBOOKS,
+                progress_bar=False,
+                shutdown_kernel="immediate",  # else it is interrupted first, which now and then prints an error
             )
         except PapermillExecutionError as error:
             raise NotebookError(f"{study} failed: {error.ename}: {error.evalue}\npartial copy: {copy}") from None
