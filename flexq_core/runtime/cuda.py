@@ -22,6 +22,9 @@ from flexq_core.runtime import auto, build
 ORDERS = {"imma": 0, "bmma": 1, "wgmma": 2}
 """Backend → the order of bits that its kernel reads (`Order` in layout.cuh). Weights of `imma` and `wgmma` are the same."""
 
+BACKENDS = ("auto", *ORDERS)
+"""What repacked weights may be for: a kernel, or those that `auto` chooses from."""
+
 CHUNK_ROWS, CHUNK_BYTES = 32, 32 * GROUP_SIZE * 6 // 8 + 32 * 2
 """Outputs of a chunk of repacked weights, and its bytes: codes of one group, then float16 scales."""
 
@@ -49,7 +52,7 @@ def obstacle(device: torch.device, weight_bits: int, group_size: int, backend: s
 def repack(weight: Tensor, weight_scale: Tensor, backend: str) -> Tensor:
     """Canonical packed weights and their scales in the order that a backend's kernel reads.
 
-    weight: [N, G * 96] uint8 on a GPU.  weight_scale: [N, G] float16.  backend: one of ORDERS, or `auto`.
+    weight: [N, G * 96] uint8 on a GPU.  weight_scale: [N, G] float16.  backend: one of BACKENDS.
     Returns [ceil(N / 32), G, 3136] uint8: 6.125 bits a weight, as before, but for the padding of N.
     """
     outputs, groups = weight_scale.shape
@@ -69,7 +72,7 @@ def quantize_activation(x: Tensor, activation_bits: int, backend: str, out: Tens
     """Codes and scales of every token and group, as records in the order that a backend's kernel reads.
 
     x: [M, K] float32, float16 or bfloat16 on a GPU; rows may lie apart.  activation_bits: 6 or 8.
-    backend: `imma` or `bmma`.  out: records of an earlier call of the same kind, to be overwritten, or None.
+    backend: one of ORDERS.  out: records of an earlier call of the same kind, to be overwritten, or None.
     Returns [bytes] uint8 for `linear`; see kernels/cuda/layout.cuh. A group that is not finite gets the scale NaN.
     Raises TypeError or ValueError for what does not fit, before anything is launched; says what is accepted.
     """

@@ -117,7 +117,7 @@ class FlexQLinear(nn.Module):
         if self._repacked is None or self._repacked[0] != self.backend:
             bits, device = self.precision.weight_bits, self.weight.device
             backend = ops.resolve_backend(self.backend, device, bits, self.group_size)
-            chunks = cuda.repack(self.weight, self.weight_scale, backend) if backend in ("auto", *cuda.ORDERS) else None
+            chunks = cuda.repack(self.weight, self.weight_scale, backend) if backend in cuda.BACKENDS else None
             self._repacked = self.backend, backend, chunks
         return self._repacked[1:]
 

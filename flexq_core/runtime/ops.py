@@ -50,7 +50,7 @@ def w6ax_linear(
     weight_bits, activation_bits: 6 or 8.  backend: one of BACKENDS.
     Returns [..., N] in x's dtype.
     Raises TypeError or ValueError for what does not fit, before anything is computed, and ValueError for a
-    non-finite x; but `imma` and `bmma`, which wait for nothing, return NaN for each token that is not finite.
+    non-finite x; but the GPU's kernels, which wait for nothing, return NaN for each token that is not finite.
     They also repack the weights in each call: `w6ax_linear_repacked` is for weights that stay.
     """
     run = _w6ax_linear if _direct(x) else torch.ops.flexq.w6ax_linear
@@ -146,7 +146,9 @@ def resolve_backend(
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; accepted: {', '.join(BACKENDS)}")
     device = torch.device(device)
-    wanted = {"cuda": "imma"}.get(device.type, "cpu") if backend == "auto" else backend
+    wanted = backend
+    if backend == "auto":
+        wanted = "imma" if device.type == "cuda" else "cpu"
     if wanted == "cpu":
         load, obstacle = build.cpu_kernel, cpu.obstacle(device, weight_bits, group_size)
     else:
@@ -228,8 +230,8 @@ def _require_fit(x, weight, weight_scale, weight_exponent, bias, weight_bits, ac
 
 
 def _require_repacked(x, chunks, weight_exponent, bias, activation_bits, backend) -> None:
-    if backend not in ("auto", *cuda.ORDERS):
-        raise ValueError(f"backend is {backend!r}; accepted for repacked weights: auto, {', '.join(cuda.ORDERS)}")
+    if backend not in cuda.BACKENDS:
+        raise ValueError(f"backend is {backend!r}; accepted for repacked weights: {', '.join(cuda.BACKENDS)}")
     require_bits(activation_bits, accepted=ACTIVATION_BITS, what="activation bits")
     _require_floats(x)
     if x.device.type != "cuda":

@@ -50,6 +50,13 @@ __host__ __device__ constexpr int activation_record_bytes(Order order, int bits,
   return token_tiles * (activation_tile_bytes(order, bits) + kTokenTile * 4);
 }
 
+// The twelve words that a lane has of a half of a chunk.
+__device__ __forceinline__ void load_half(const uint8_t* chunk, int half, int lane, uint32_t (&words)[12]) {
+#pragma unroll
+  for (int v = 0; v < 3; ++v)
+    *reinterpret_cast<uint4*>(words + 4 * v) = *reinterpret_cast<const uint4*>(chunk + (3 * half + v) * 512 + lane * 16);
+}
+
 struct Linear {
   const uint8_t* weight;       // chunks
   const int8_t* exponent;      // [outputs]

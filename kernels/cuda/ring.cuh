@@ -1,8 +1,9 @@
 // A warp's own ring of stages in shared memory: it fetches what it will use, with no other warp to wait for.
 //
 // A block takes tiles of 32 outputs x 8 kTokenTiles tokens, one after another; its warps share a tile's groups. A stage holds what a
-// warp consumes in a step: the chunk of one group and the record of activations of that group. The ring runs on from tile to tile, so that memory is never idle while sums are added. On Hopper lane 0 asks for bulk copies that an mbarrier counts; on cards
-// before, all lanes copy 16 bytes at a time.
+// warp consumes in a step: the chunk of one group and the record of activations of that group. The ring runs on from tile to tile, so that
+// memory is never idle while sums are added. On Hopper lane 0 asks for bulk copies that an mbarrier counts; on cards before, all lanes
+// copy 16 bytes at a time.
 #pragma once
 #include "layout.cuh"
 #include "ptx.cuh"
@@ -157,6 +158,15 @@ struct Reduction {
       __syncthreads();
     }
   }
+};
+
+// The parts of a kernel of this kind, and the shared memory that they take: the warps' rings, then room to add up their sums.
+template <Order kOrder, int kBits, int kTokenTiles, int kWarps, int kStages>
+struct RingKernel {
+  static constexpr int kRecordBytes = activation_record_bytes(kOrder, kBits, kTokenTiles);
+  using TheRing = Ring<kWarps, kStages, kRecordBytes>;
+  using TheReduction = Reduction<kWarps, kTokenTiles>;
+  static constexpr int kSharedBytes = TheRing::kSharedBytes + TheReduction::kSharedBytes;
 };
 
 }  // namespace flexq

@@ -16,14 +16,6 @@ namespace {
 
 constexpr int kPlanes = 6;  // of the weights
 
-template <int kBits, int kTokenTiles, int kWarps, int kStages>
-struct Shape {
-  static constexpr int kRecordBytes = activation_record_bytes(Order::planes, kBits, kTokenTiles);
-  using TheRing = Ring<kWarps, kStages, kRecordBytes>;
-  using TheReduction = Reduction<kWarps, kTokenTiles>;
-  static constexpr int kSharedBytes = TheRing::kSharedBytes + TheReduction::kSharedBytes;
-};
-
 // sum u x of rows g and g + 8 of a half chunk with one token: two columns of planes a lane, weighted, then added across the four lanes.
 template <int kBits>
 __device__ __forceinline__ void multiply_one(const uint32_t (&words)[12], uint32_t plane, int q, int32_t (&rows)[2]) {
@@ -45,7 +37,7 @@ __device__ __forceinline__ void multiply_one(const uint32_t (&words)[12], uint32
 
 template <int kBits, int kTokenTiles, int kWarps, int kStages, bool kOne>
 __global__ void __launch_bounds__(kWarps * 32) w6ax_bmma_kernel(const __grid_constant__ Linear p) {
-  using Parts = Shape<kBits, kTokenTiles, kWarps, kStages>;
+  using Parts = RingKernel<Order::planes, kBits, kTokenTiles, kWarps, kStages>;
   constexpr int kTileBytes = activation_tile_bytes(Order::planes, kBits);
   extern __shared__ __align__(128) uint8_t shared[];
   allow_next_kernel();
@@ -63,10 +55,7 @@ __global__ void __launch_bounds__(kWarps * 32) w6ax_bmma_kernel(const __grid_con
       const uint2 four_scales = *reinterpret_cast<const uint2*>(chunk + kCodeBytes + g * 8);
       uint32_t words[2][12];
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int v = 0; v < 3; ++v)
-          *reinterpret_cast<uint4*>(words[half] + 4 * v) = *reinterpret_cast<const uint4*>(chunk + (3 * half + v) * 512 + lane * 16);
+      for (int half = 0; half < 2; ++half) load_half(chunk, half, lane, words[half]);
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
         const uint8_t* codes = record + t * kTileBytes;
@@ -131,7 +120,7 @@ __global__ void __launch_bounds__(kWarps * 32) w6ax_bmma_kernel(const __grid_con
 // Returns whether the card has the shared memory for this shape.
 template <int kBits, int kTokenTiles, int kWarps, int kStages, bool kOne = false>
 bool run(const Linear& p, cudaStream_t stream) {
-  using Parts = Shape<kBits, kTokenTiles, kWarps, kStages>;
+  using Parts = RingKernel<Order::planes, kBits, kTokenTiles, kWarps, kStages>;
   const auto kernel = w6ax_bmma_kernel<kBits, kTokenTiles, kWarps, kStages, kOne>;
   if (blocks_at_once("w6ax_bmma", kernel, kWarps * 32, Parts::kSharedBytes) == 0) return false;
   // A block a tile: here the arithmetic counts too, and as many blocks as fit would share the tiles unevenly.

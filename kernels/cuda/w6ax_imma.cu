@@ -11,16 +11,8 @@ namespace flexq {
 namespace {
 
 template <int kTokenTiles, int kWarps, int kStages>
-struct Shape {
-  static constexpr int kRecordBytes = activation_record_bytes(Order::bytes, 8, kTokenTiles);
-  using TheRing = Ring<kWarps, kStages, kRecordBytes>;
-  using TheReduction = Reduction<kWarps, kTokenTiles>;
-  static constexpr int kSharedBytes = TheRing::kSharedBytes + TheReduction::kSharedBytes;
-};
-
-template <int kTokenTiles, int kWarps, int kStages>
 __global__ void __launch_bounds__(kWarps * 32, 1) w6ax_imma_kernel(const __grid_constant__ Linear p) {
-  using Parts = Shape<kTokenTiles, kWarps, kStages>;
+  using Parts = RingKernel<Order::bytes, 8, kTokenTiles, kWarps, kStages>;
   extern __shared__ __align__(128) uint8_t shared[];
   allow_next_kernel();
   const Tiles tiles(p, kTokenTiles * kTokenTile);
@@ -39,9 +31,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) w6ax_imma_kernel(const __grid_
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint32_t words[12];
-#pragma unroll
-        for (int v = 0; v < 3; ++v)
-          *reinterpret_cast<uint4*>(words + 4 * v) = *reinterpret_cast<const uint4*>(chunk + (3 * half + v) * 512 + lane * 16);
+        load_half(chunk, half, lane, words);
 #pragma unroll
         for (int s = 0; s < 4; ++s) expand(words, s, a[half][s]);
         sw[half] = *reinterpret_cast<const __half2*>(chunk + kCodeBytes + g * 8 + half * 4);
@@ -76,7 +66,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) w6ax_imma_kernel(const __grid_
       }
       ring.release();
     }
-      auto* buffer = reinterpret_cast<float*>(shared + Parts::TheRing::kSharedBytes);
+    auto* buffer = reinterpret_cast<float*>(shared + Parts::TheRing::kSharedBytes);
     Parts::TheReduction::store(p, buffer, sums, tile / tiles.tokens, tile % tiles.tokens, kExpandedUnit);
   }
 }
@@ -84,7 +74,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) w6ax_imma_kernel(const __grid_
 // Returns whether the card has the shared memory for this shape.
 template <int kTokenTiles, int kWarps, int kStages>
 bool run(const Linear& p, cudaStream_t stream) {
-  using Parts = Shape<kTokenTiles, kWarps, kStages>;
+  using Parts = RingKernel<Order::bytes, 8, kTokenTiles, kWarps, kStages>;
   const auto kernel = w6ax_imma_kernel<kTokenTiles, kWarps, kStages>;
   const int most = blocks_at_once("w6ax_imma", kernel, kWarps * 32, Parts::kSharedBytes);
   if (most == 0) return false;

@@ -1,9 +1,9 @@
 // W6Ax for many tokens on Hopper: 6-bit weights become bytes in registers and meet the activations in shared memory (s8 wgmma).
 //
-// A block computes 128 kBlocks outputs x kTokens tokens. One warp fetches and leaves; two warpgroups multiply, each 64 kBlocks outputs. Weights go from
-// shared memory to registers, where a code costs 0.8 instructions to expand, and from there straight into the tensor cores: what
-// is expanded is never stored. While the tensor cores multiply one group, the warpgroup expands the next; while it scales and adds
-// sums in float32 (three instructions a sum and group), the other warpgroup has the tensor cores.
+// A block computes 128 kBlocks outputs x kTokens tokens. One warp fetches and leaves; two warpgroups multiply, each 64 kBlocks outputs.
+// Weights go from shared memory to registers, where a code costs 0.8 instructions to expand, and from there straight into the tensor
+// cores: what is expanded is never stored. While the tensor cores multiply one group, the warpgroup reads the next; then it scales and
+// adds the sums in float32, three instructions a sum and group.
 //
 // Where there are fewer tiles than multiprocessors, a cluster of blocks shares the groups of a tile, and each block adds up its share of
 // the tokens from its neighbours' shared memory, in their order: the result does not depend on timing.
@@ -13,14 +13,12 @@
 #include "kernels.h"
 #include "layout.cuh"
 #include "ptx.cuh"
-
 #include "wgmma.cuh"
 
 namespace flexq {
 namespace {
 
-constexpr int kTeamWarps = 8;    // two warpgroups
-
+constexpr int kTeamWarps = 8;  // two warpgroups
 constexpr int kMostSplit = 8;  // blocks of a cluster
 
 template <int kTokens, int kBlocks, int kStages>
@@ -103,12 +101,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kStages>::kThreads, Sh
     };
     const Finish finish(p, row_tile * Parts::kRows + threadIdx.x % Parts::kRows);
     uint32_t words[12];
-    const auto load_half = [&](const uint8_t* stage, int b) {
-#pragma unroll
-      for (int v = 0; v < 3; ++v)
-        *reinterpret_cast<uint4*>(words + 4 * v) =
-            *reinterpret_cast<const uint4*>(half_chunk(stage, b) + (3 * (warp % 2) + v) * 512 + lane * 16);
-    };
+    const auto load_words = [&](const uint8_t* stage, int b) { load_half(half_chunk(stage, b), warp % 2, lane, words); };
     int32_t inner[kTokens / 2];
 #pragma unroll
     for (int e = 0; e < kTokens / 2; ++e) inner[e] = kMagicBits;
@@ -116,7 +109,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kStages>::kThreads, Sh
       barrier_wait(full + step % kStages, step / kStages % 2);
       return shared + step % kStages * Parts::kStageBytes;
     };
-    if (team < groups) load_half(wait_for(team), 0);
+    if (team < groups) load_words(wait_for(team), 0);
     for (int step = team; step < groups; step += Parts::kTeams) {
       const uint8_t* here = shared + step % kStages * Parts::kStageBytes;
 #pragma unroll
@@ -129,9 +122,9 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kStages>::kThreads, Sh
         for (int s = 0; s < 4; ++s) wgmma_s8<kTokens>(inner, a[s], swizzled_operand(shared_address(here) + 32 * s));
         wgmma_commit();
         if (b + 1 < kBlocks) {
-          load_half(here, b + 1);
+          load_words(here, b + 1);
         } else if (step + Parts::kTeams < groups) {
-          load_half(wait_for(step + Parts::kTeams), 0);
+          load_words(wait_for(step + Parts::kTeams), 0);
         }
         const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(half_chunk(here, b) + kCodeBytes + g * 8 + warp % 2 * 4));
         const float2 start = make_float2(-kMagic * sw.x, -kMagic * sw.y);
