@@ -5,6 +5,8 @@ import sys
 import pytest
 import torch
 
+pytest.register_assert_rewrite("tests.kernels.exactness")
+
 
 def pytest_collection_modifyitems(items):
     """Tests that want a GPU are skipped, visibly, where there is none."""

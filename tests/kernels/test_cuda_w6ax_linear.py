@@ -1,15 +1,15 @@
 """The CUDA kernels on this machine's card: exact, complete, and awake to a wrong bit. They compile wherever nvcc is found."""
 
 import subprocess
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
-from flexq_core.quant import LayerPrecision, pack_bit_planes, pack_codes, quantize_weight, unpack_bit_planes
+from flexq_core.quant import LayerPrecision, pack_codes, quantize_weight
 from flexq_core.runtime import build, cuda, ops
 from flexq_core.runtime.linear import FlexQLinear
-from tests import reference
+from tests.kernels import exactness
 
 gpu = pytest.mark.gpu
 BACKENDS = ["imma", "bmma", "wgmma"]
@@ -69,25 +69,9 @@ def linear(x, packed, scales, exponents, bias, activation_bits, backend, dtype=t
 def test_equals_the_float64_oracle(backend, activation_bits, tokens):
     generator = torch.Generator().manual_seed(tokens)
     for outputs, features in [(1, 1), (37, 200), (64, 384), (33, 1030), (130, 2176), (257, 5001)]:
-        weight = quantize_weight(torch.randn(outputs, features, generator=generator))
-        exponents = torch.randint(-3, 4, (outputs,), generator=generator, dtype=torch.int8)
-        bias = torch.randn(outputs, generator=generator)
-        x = torch.randn(tokens, features, generator=generator) * 3
-        y = linear(x, pack_codes(weight.codes, 6), weight.scales, exponents, bias, activation_bits, backend)
-        truth = reference.linear_oracle(
-            x.numpy(), weight.codes.numpy(), weight.scales.numpy(), exponents.numpy(), bias.numpy(), activation_bits
+        exactness.equals_the_float64_oracle(
+            partial(linear, backend=backend), generator, tokens, outputs, features, activation_bits
         )
-        # One rounding a group and partial sum, relative to the sum of magnitudes: far below what one wrong code would do.
-        bound = 4e-7 * np.sqrt(features) * np.abs(truth).max() + 1e-6
-        assert np.abs(y.numpy() - truth).max() <= bound
-
-
-def exact_layer(outputs, features, seed=0):
-    """Random codes with power-of-two scales: every product and sum is exact in float32."""
-    padded = -(-features // 128) * 128
-    codes = torch.randint(-32, 32, (outputs, padded), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
-    scales = torch.full((outputs, padded // 128), 0.25, dtype=torch.float16)
-    return codes, scales, torch.zeros(outputs, dtype=torch.int8)
 
 
 @gpu
@@ -95,24 +79,14 @@ def exact_layer(outputs, features, seed=0):
 @bits_6_8
 @pytest.mark.parametrize("tokens", [1, 5, 8, 16, 40, 65])
 def test_one_hot_activations_return_every_code_bit_for_bit(backend, activation_bits, tokens):
-    codes, scales, exponents = exact_layer(45, 300)
-    top = 2.0 ** (activation_bits - 1) - 1
-    for first in range(0, 300, tokens):
-        x = torch.eye(300)[first : first + tokens] * top
-        y = linear(x, pack_codes(codes, 6), scales, exponents, None, activation_bits, backend)
-        assert torch.equal(y, codes[:, first : first + len(x)].T * top / 4)
+    exactness.returns_every_code_bit_for_bit(partial(linear, backend=backend), tokens, activation_bits)
 
 
 @gpu
 @both
 @pytest.mark.parametrize("tokens", [8, 48, 130])
 def test_integer_inputs_give_integer_results_bit_for_bit(backend, tokens):
-    codes, scales, exponents = exact_layer(70, 512)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randint(-127, 128, (tokens, 512), generator=generator).float()
-    x[:, ::128] = 127  # so that every group's scale is one
-    y = linear(x, pack_codes(codes, 6), scales, exponents, None, 8, backend)
-    assert torch.equal(y.double(), x.double() @ codes.double().T / 4)
+    exactness.gives_integers_for_integers(partial(linear, backend=backend), tokens)
 
 
 @gpu
@@ -120,12 +94,7 @@ def test_integer_inputs_give_integer_results_bit_for_bit(backend, tokens):
 @pytest.mark.parametrize("tokens", [4, 20])
 @pytest.mark.parametrize("plane", range(6))
 def test_dropping_a_bit_plane_is_caught(backend, tokens, plane):
-    codes, scales, exponents = exact_layer(20, 256)
-    planes = pack_bit_planes(codes, 6)
-    planes[plane] = 0
-    x = torch.eye(256)[:tokens] * 31
-    y = linear(x, pack_codes(unpack_bit_planes(planes), 6), scales, exponents, None, 6, backend)
-    assert not torch.equal(y, codes[:, :tokens].T * 31.0 / 4)
+    exactness.misses_a_dropped_bit_plane(partial(linear, backend=backend), tokens, plane)
 
 
 @gpu
@@ -133,29 +102,13 @@ def test_dropping_a_bit_plane_is_caught(backend, tokens, plane):
 @pytest.mark.parametrize("tokens", [8, 32])
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_sums_at_their_extremes_do_not_overflow(backend, tokens, sign):
-    codes = torch.full((17, 256), -32, dtype=torch.int8)
-    scales = torch.ones(17, 2, dtype=torch.float16)
-    x = torch.full((tokens, 256), 127.0 * sign)
-    y = linear(x, pack_codes(codes, 6), scales, torch.zeros(17, dtype=torch.int8), None, 8, backend)
-    assert torch.equal(y, torch.full((tokens, 17), -127.0 * sign * 32 * 256))
+    exactness.holds_the_largest_sums(partial(linear, backend=backend), tokens, sign)
 
 
 @gpu
 @both
 def test_activation_codes_equal_the_definition_at_rounding_edges(backend):
-    """Halves, the largest magnitudes and subnormals: read back through an identity of unit weights."""
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(6, 128, generator=generator)
-    x[0] = torch.arange(-64, 64).float() / 2
-    x[1] *= 1e-41
-    x[2] *= 1e37
-    x[3] = 0
-    codes = torch.eye(128, dtype=torch.int8)
-    scales = torch.ones(128, 1, dtype=torch.float16)
-    for bits in (6, 8):
-        y = linear(x, pack_codes(codes, 6), scales, torch.zeros(128, dtype=torch.int8), None, bits, backend)
-        q, s = reference.quantize(x.numpy(), bits)
-        assert np.array_equal(y.numpy(), q.astype(np.float32) * s)
+    exactness.quantises_as_defined_at_rounding_edges(partial(linear, backend=backend))
 
 
 @gpu
