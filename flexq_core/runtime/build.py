@@ -20,7 +20,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -52,8 +52,8 @@ def cpu_kernel_available() -> tuple[bool, str]:
     """Whether the CPU kernel is built or can be built, and why not. Compiles nothing."""
     if cpu_kernel.cache_info().currsize:
         return True, ""
-    if _failed:
-        return False, _failed[0]
+    if "cpu" in _failed:
+        return False, _failed["cpu"]
     try:
         _requirements()
     except BuildError as error:
@@ -67,16 +67,21 @@ def cpu_kernel() -> ModuleType:
 
     Raises BuildError, whose message says what is missing and what to do, and remembers it: it is not tried again.
     """
-    if _failed:
-        raise BuildError(_failed[0])
+    return _tried_once("cpu", lambda: _load("flexq_cpu", KERNELS / "cpu", ["w6ax_linear.cpp"], CPU_FLAGS))
+
+
+_failed: dict[str, str] = {}
+"""What could not be built in this process, `cpu` or a GPU's architecture → why."""
+
+
+def _tried_once(what: str, load: Callable[[], ModuleType]) -> ModuleType:
+    if what in _failed:
+        raise BuildError(_failed[what])
     try:
-        return _load("flexq_cpu", KERNELS / "cpu", ["w6ax_linear.cpp"], CPU_FLAGS)
+        return load()
     except BuildError as error:
-        _failed.append(str(error))
+        _failed[what] = str(error)
         raise
-
-
-_failed: list[str] = []
 
 
 def cuda_kernels_obstacle(device: torch.device) -> str | None:
@@ -86,8 +91,8 @@ def cuda_kernels_obstacle(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}; 8.0 is needed"
-    if capability in _cuda_failed:
-        return _cuda_failed[capability]
+    if _architecture(capability) in _failed:
+        return _failed[_architecture(capability)]
     try:
         _requirements()
         cuda_home()
@@ -106,18 +111,13 @@ def cuda_kernels(device: torch.device) -> ModuleType:
 
 @functools.cache
 def _cuda_kernels(capability: tuple[int, int]) -> ModuleType:
-    if capability in _cuda_failed:
-        raise BuildError(_cuda_failed[capability])
-    # Hopper's own instructions (bulk copies' relatives, wgmma) want the architecture with an `a`.
-    architecture = f"{capability[0]}.{capability[1]}" + ("a" if capability[0] >= 9 else "")
-    try:
-        return _load("flexq_cuda", KERNELS / "cuda", list(CUDA_SOURCES), CUDA_FLAGS, architecture)
-    except BuildError as error:
-        _cuda_failed[capability] = str(error)
-        raise
+    name = _architecture(capability)
+    return _tried_once(name, lambda: _load("flexq_cuda", KERNELS / "cuda", list(CUDA_SOURCES), CUDA_FLAGS, name))
 
 
-_cuda_failed: dict[tuple[int, int], str] = {}
+def _architecture(capability: tuple[int, int]) -> str:
+    """As nvcc names it. Hopper's own instructions, wgmma among them, want it with an `a`."""
+    return f"{capability[0]}.{capability[1]}" + ("a" if capability[0] >= 9 else "")
 
 
 def cuda_home() -> Path:

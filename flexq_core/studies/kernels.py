@@ -190,7 +190,7 @@ class KernelStudy:
         device = torch.device(self.run.device)
         size = 8192 if self.on_gpu else 2048
         codes = torch.randint(-127, 128, (size, size), device=device, dtype=torch.int8)
-        buffer = torch.ones((2**32 if self.on_gpu else max(_cold_bytes(device), 2**30)) // 4, device=device)
+        buffer = torch.ones((2**32 if self.on_gpu else max(_cold_bytes(), 2**30)) // 4, device=device)
         products = 2 * size**3 / 1e9
         if self.on_gpu:
             target, size_gb = torch.empty_like(buffer.uniform_()), buffer.numel() * 4 / 1e9
@@ -269,7 +269,7 @@ class _ColdLayers:
             torch.backends.quantized.engine = engine  # a copy is packed anew
         layers = self._made[engine]
         size = math.prod(self.shape) * _TORCH_BITS.get(self.method, BITS_PER_WEIGHT) / 8
-        copies = 1 + math.ceil(_cold_bytes(self.device) / size)
+        copies = 1 + math.ceil(_cold_bytes() / size)
         layers.extend(copy.deepcopy(layers[0]) for _ in range(copies - len(layers)))
         return layers, engine
 
@@ -506,7 +506,7 @@ def _times_us(layers: list[Callable[[Tensor], Tensor]], x: Tensor, repeats: int)
     for layer in layers[-_UNTIMED_CALLS:]:
         layer(x)
     before = preemptions()
-    times = (_cuda_times_us if x.is_cuda else _cpu_times_us)(layers, x, repeats)
+    times = _cpu_times_us(layers, x, repeats)
     return times, preemptions() - before
 
 
@@ -553,13 +553,10 @@ def _best_s(call: Callable[[], Any], device: torch.device, *, calls: int = 6) ->
     return timed([lambda _: call()], torch.empty(0), calls).min().item() / 1e6
 
 
-def _cold_bytes(device: torch.device) -> int:
-    """Twice the size of the last cache, at least 64 MiB: what is read between two uses of the same weights."""
-    if device.type == "cuda":
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-    else:
-        sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-        cache = max((int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]] for size in sizes), default=0)
+def _cold_bytes() -> int:
+    """Twice the size of the processor's last cache, at least 64 MiB: what is read between two uses of the same weights."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    cache = max((int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]] for size in sizes), default=0)
     return max(2 * cache, 64 * 2**20)
 
 

@@ -1,4 +1,4 @@
-"""What every kernel must show: `linear` takes x, packed, scales, exponents, bias and activation bits, and returns [M, N] float32."""
+"""What every kernel must show. `linear` takes x, packed, scales, exponents, bias and activation bits, and returns float32."""
 
 import numpy as np
 import torch

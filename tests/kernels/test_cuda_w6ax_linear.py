@@ -69,9 +69,8 @@ def linear(x, packed, scales, exponents, bias, activation_bits, backend, dtype=t
 def test_equals_the_float64_oracle(backend, activation_bits, tokens):
     generator = torch.Generator().manual_seed(tokens)
     for outputs, features in [(1, 1), (37, 200), (64, 384), (33, 1030), (130, 2176), (257, 5001)]:
-        exactness.equals_the_float64_oracle(
-            partial(linear, backend=backend), generator, tokens, outputs, features, activation_bits
-        )
+        run = partial(linear, backend=backend)
+        exactness.equals_the_float64_oracle(run, generator, tokens, outputs, features, activation_bits)
 
 
 @gpu

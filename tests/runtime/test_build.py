@@ -236,7 +236,7 @@ def test_a_full_disk_is_named(folder, monkeypatch):
 @pytest.fixture
 def fresh(monkeypatch):
     """The module as it is before anything was built in this process."""
-    monkeypatch.setattr(build, "_failed", [])
+    monkeypatch.setattr(build, "_failed", {})
     build.cpu_kernel.cache_clear()
     yield
     build.cpu_kernel.cache_clear()

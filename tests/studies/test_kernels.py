@@ -35,7 +35,7 @@ def run(tmp_path):
 def _quick(monkeypatch):
     """No test depends on a time, so none is spent on making times good."""
     monkeypatch.setattr(kernels, "_WARM_UP_S", 0.0)
-    monkeypatch.setattr(kernels, "_cold_bytes", lambda device: 2**16)
+    monkeypatch.setattr(kernels, "_cold_bytes", lambda: 2**16)
     rates = {metric: Measurement(value, "1") for metric, value in MACHINE.items()}
     monkeypatch.setattr(KernelStudy, "_rates", lambda self: rates)
 
