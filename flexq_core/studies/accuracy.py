@@ -311,21 +311,32 @@ class AccuracyStudy:
 
 
 def plot_change(table: pd.DataFrame, model: str) -> Figure:
-    """What each method costs: change of perplexity against the unquantised model, one bar a method and backend."""
-    shown = table[table["backend"] != "torch"].iloc[::-1]
+    """What each method costs: change of perplexity against the unquantised model, one bar a method and backend.
+
+    Without both, an unquantised model and another, the perplexities themselves.
+    """
+    shown = table[table["backend"] != "torch"]
+    column, title, fmt = "change_percent", f"change of perplexity, {model} (%)", "%+.2f%%"
+    if column not in table or shown.empty:
+        shown, column, title, fmt = table, "perplexity", f"perplexity, {model}", "%.2f"
+    shown = shown.iloc[::-1]
     figure, axis = plt.subplots(figsize=(figures.HALF_PAGE[0], 0.7 + 0.27 * len(shown)))
     labels = [f"{TITLES.get(m, m)} · {b}" for m, b in zip(shown["method"], shown["backend"], strict=True)]
-    bars = axis.barh(labels, shown["change_percent"], color=[figures.method_colour(m) for m in shown["method"]])
-    axis.bar_label(bars, fmt="%+.2f%%", padding=3, fontsize=8)
-    largest = max(shown["change_percent"].max(), 0.01)
-    axis.set(xlabel=f"change of perplexity, {model} (%)", xlim=(min(0, shown["change_percent"].min()), 1.25 * largest))
+    bars = axis.barh(labels, shown[column], color=[figures.method_colour(m) for m in shown["method"]])
+    axis.bar_label(bars, fmt=fmt, padding=3, fontsize=8)
+    largest = max(shown[column].max(), 0.01)
+    axis.set(xlabel=title, xlim=(min(0, shown[column].min()), 1.25 * largest))
     axis.grid(False, axis="y")
     return figure
 
 
 def plot_size(table: pd.DataFrame, model: str) -> Figure:
-    """Perplexity against the bits that a weight takes in memory, scales included."""
-    shown = table.dropna(subset=["bits_per_weight"]).drop_duplicates("method", keep="last")
+    """Perplexity against the bits that a weight takes in memory, scales included; empty where only fake quantisation ran."""
+    shown = (
+        table.assign(bits_per_weight=table.get("bits_per_weight", math.nan))
+        .dropna(subset=["bits_per_weight"])
+        .drop_duplicates("method", keep="last")
+    )
     figure, axis = plt.subplots()
     for row in shown.itertuples():
         colour = figures.method_colour(row.method)
@@ -333,7 +344,8 @@ def plot_size(table: pd.DataFrame, model: str) -> Figure:
     axis.set(xlabel="bits a weight, scales included", ylabel=f"perplexity, {model}", xscale="log")
     axis.set_xticks([6, 8, 16, 32], ["6", "8", "16", "32"])
     axis.minorticks_off()
-    axis.legend()
+    if len(shown):
+        axis.legend()
     return figure
 
 
