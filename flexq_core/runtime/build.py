@@ -88,6 +88,8 @@ def cuda_kernels_obstacle(device: torch.device) -> str | None:
     """Why the CUDA kernels cannot be built for this card, or None. Compiles nothing."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA; install one that is (env/README.md)"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA GPU, or no driver for it (nvidia-smi tells)"
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}; 8.0 is needed"

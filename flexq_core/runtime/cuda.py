@@ -44,9 +44,10 @@ def obstacle(device: torch.device, weight_bits: int, group_size: int, backend: s
         return f"they read 6-bit weights, not {weight_bits}-bit ones"
     if group_size != GROUP_SIZE:
         return f"they take groups of {GROUP_SIZE}, not {group_size}"
-    if backend == "wgmma" and torch.cuda.get_device_capability(device)[0] != 9:
-        return f"wgmma is an instruction of Hopper cards; {torch.cuda.get_device_name(device)} is none"
-    return build.cuda_kernels_obstacle(device)
+    reason = build.cuda_kernels_obstacle(device)
+    if reason is None and backend == "wgmma" and torch.cuda.get_device_capability(device)[0] != 9:
+        reason = f"wgmma is an instruction of Hopper cards; {torch.cuda.get_device_name(device)} is none"
+    return reason
 
 
 def repack(weight: Tensor, weight_scale: Tensor, backend: str) -> Tensor:

@@ -169,6 +169,16 @@ def test_auto_is_never_simulate():
     assert ops.resolve_backend("auto", "cpu", weight_bits=8) == "reference"
 
 
+@pytest.mark.parametrize("backend", ["imma", "wgmma", "bmma"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("built_with", [None, "13.0"])
+def test_without_a_gpu_its_backends_say_what_is_missing(monkeypatch, backend, built_with):
+    monkeypatch.setattr(torch.version, "cuda", built_with)
+    missing = "torch finds no CUDA GPU, or no driver" if built_with else "this torch is built without CUDA"
+    with pytest.raises(ValueError, match=f"backend '{backend}' cannot run here: {missing}"):
+        ops.resolve_backend(backend, "cuda")
+
+
 def test_without_a_compiler_auto_falls_back_and_says_so(monkeypatch):
     monkeypatch.setattr(build, "cpu_kernel_available", lambda: (False, "no C++ compiler was found"))
     monkeypatch.setattr(ops, "_warned", set())
