@@ -32,7 +32,7 @@ MOST_NORM_FEATURES = 16384
 """That a block keeps in registers (norm_quantize.cu)."""
 
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_TOKEN_TILES = {"imma": (1, 2, 4, 8), "bmma": (1, 2), "wgmma": (2, 4, 8, 16)}
+_TOKEN_TILES = {"imma": (1, 2, 4, 8), "bmma": (1, 2), "wgmma": (2, 4, 8, 16, 32)}
 """Of 8 tokens, that a block of a backend's kernel can compute at once."""
 
 
