@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
   const int row_tile = tile / token_tiles, token_tile = tile % token_tiles;
   const int first_group = p.groups * rank / split, groups = p.groups * (rank + 1) / split - first_group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) barrier_init(full + s, 1), barrier_init(empty + s, kTeamWarps);
+  if (threadIdx.x == 0) {  // a stage is empty when every thread of a team has said that it has read it: no warp waits for its lanes
+    for (int s = 0; s < kStages; ++s) barrier_init(full + s, 1), barrier_init(empty + s, kTeamWarps * 32);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -147,8 +147,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
           }
         }
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(done);
+      barrier_arrive(done);
     }
     wait_for_previous_kernel();
 

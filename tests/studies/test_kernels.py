@@ -462,10 +462,33 @@ def test_on_a_gpu_a_cases_backend_is_the_faster_of_those_that_auto_chooses_from(
     assert found["method"].to_dict() == {tokens: "wgmma" if tokens == 8 else "imma" for tokens in found.index}
 
 
+def test_crossovers_say_up_to_how_many_tokens_flexq_wins():
+    table = gpu_times(shapes=[(64, 128)], imma=1.2, torch_fp16=2.4, cublas_int8=1.1)
+    few, *_, many = sorted(table["tokens"].unique())
+    table.loc[(table["method"] == "torch-fp16") & (table["tokens"] == many), "gemm_us"] = 1e-6
+    found = kernels_compared.crossovers(table).set_index("baseline")
+    assert found.loc["cuBLAS FP16", "slower_from"] == many > found.loc["cuBLAS FP16", "faster_up_to"] >= few
+    assert found.loc["cuBLAS INT8", ["faster_up_to", "slower_from"]].tolist() == [None, few]
+    assert "cuBLASLt FP8" not in found.index
+    never = kernels_compared.crossovers(gpu_times(shapes=[(64, 128)], imma=1.2, torch_fp16=2.4))
+    assert never[["faster_up_to", "slower_from"]].values.tolist() == [[many, None]]
+
+
+def test_rates_are_drawn_where_the_most_numbers_of_tokens_were_measured():
+    table = gpu_times(shapes=[(64, 128), (128, 128)], imma=1.2, torch_fp16=2.4)
+    few = table[(table["outputs"] == 64) | (table["tokens"] == 8)]
+    figure = kernels_compared.plot_rates(few)
+    assert [axis.get_title() for axis in figure.axes] == ["64 × 128", ""]
+    drawn = figure.axes[0].lines[0].get_ydata()
+    mine = few[(few["outputs"] == 64) & (few["method"] == "imma")].sort_values("tokens")
+    assert list(drawn) == list(mine["gops"] / 1e3)
+
+
 def test_a_gpus_figures_fit_half_a_page_and_show_the_papers_marks():
     table = gpu_times(**H200)
     assert len(kernels_compared.plot_times(table).axes) == 4
-    made = list(kernels_compared.gpu_figures(table, "here"))
+    rates, *made = kernels_compared.gpu_figures(table, "here")
+    assert rates[1] == "rates" and rates[0].get_size_inches()[0] <= 4.6 and len(rates[0].axes) == 8
     assert [name for _, name, _ in made] == [
         "speedups-torch-fp16",
         "speedups-cublaslt-fp8",
