@@ -11,7 +11,7 @@ import torch
 
 from flexq_core.runtime import build, ops
 from flexq_core.studies import doctor
-from flexq_core.studies.doctor import consequences, machine
+from flexq_core.studies.doctor import consequences, probes
 from flexq_core.workbook import paths
 
 SECRET = "hf_not-to-be-told"
@@ -33,7 +33,7 @@ def offline(monkeypatch, tmp_path):
 def bare(monkeypatch, tmp_path):
     """No GPU, no compiler, nothing built."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(machine, "nvidia_card_seen", lambda: False)
+    monkeypatch.setattr(probes, "nvidia_card_seen", lambda: False)
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "kernels"))
     monkeypatch.setattr(build, "_failed", {})
@@ -100,7 +100,7 @@ def test_nothing_is_compiled_unless_told(bare, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled"))
     if build.cpu_kernel_available()[0]:
         found = doctor.examine()
-        assert found.machine["CPU kernel"] == machine.NOT_BUILT
+        assert found.machine["CPU kernel"] == probes.NOT_BUILT
         assert commands(found)["kernels now"].endswith("-m flexq_core doctor --build")
     assert not (tmp_path / "kernels").exists()
 
@@ -108,18 +108,18 @@ def test_nothing_is_compiled_unless_told(bare, monkeypatch, tmp_path):
 def test_told_to_build_it_builds_and_says_how_long_or_why_not(bare, monkeypatch):
     monkeypatch.setattr(build, "_requirements", lambda: sys.executable)
     monkeypatch.setattr(build, "_load", lambda *_: build)
-    assert machine.facts(compile_kernels=True)["CPU kernel"] == "built now, in 0 s"
+    assert probes.facts(compile_kernels=True)["CPU kernel"] == "built now, in 0 s"
     build.cpu_kernel.cache_clear()
 
     def fail(*_):
         raise build.BuildError("compiling the kernel failed: so it goes")
 
     monkeypatch.setattr(build, "_load", fail)
-    assert machine.facts(compile_kernels=True)["CPU kernel"] == "compiling the kernel failed: so it goes"
+    assert probes.facts(compile_kernels=True)["CPU kernel"] == "compiling the kernel failed: so it goes"
 
 
 def test_a_card_is_told_and_what_it_cannot_do(bare, monkeypatch):
-    card = type("Card", (), {"name": "Card 1000", "major": 7, "minor": 5, "total_memory": 16 * machine.GIB})
+    card = type("Card", (), {"name": "Card 1000", "major": 7, "minor": 5, "total_memory": 16 * probes.GIB})
     for name, value in {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -139,7 +139,7 @@ def test_a_card_is_told_and_what_it_cannot_do(bare, monkeypatch):
 
 @pytest.mark.parametrize("seen", [True, False])
 def test_a_card_that_torch_cannot_use_has_its_own_command(bare, monkeypatch, seen):
-    monkeypatch.setattr(machine, "nvidia_card_seen", lambda: seen)
+    monkeypatch.setattr(probes, "nvidia_card_seen", lambda: seen)
     for cuda, command in (("13.0", "nvidia-smi"), (None, "pip uninstall -y torch")):
         monkeypatch.setattr(torch.version, "cuda", cuda)
         assert (command in commands(doctor.examine())["a GPU"]) is seen
@@ -162,7 +162,7 @@ def test_every_obstacle_to_a_build_has_its_command(bare, monkeypatch, tmp_path, 
         with pytest.raises(build.BuildError) as raised:
             (build.cuda_home if lacking == "nvcc" else build._requirements)()
     obstacle = consequences.Backend("cpu", False, str(raised.value))
-    facts = dict.fromkeys(("packages", "CPU kernel", "CUDA kernels", "hub token"), "") | {"hub": machine.REACHABLE}
+    facts = dict.fromkeys(("packages", "CPU kernel", "CUDA kernels", "hub token"), "") | {"hub": probes.REACHABLE}
     (step,) = consequences.steps([obstacle], facts)
     wanted = {"compiler": ("g++", "gxx", "gcc-c++"), "headers": ("-dev",), "ninja": ("ninja",), "nvcc": ("nvcc",)}
     assert any(word in step.command for word in wanted[lacking])
@@ -188,39 +188,62 @@ def test_without_a_token_it_says_how_to_log_in():
     assert commands(found)["gated models"].startswith("hf auth login")
 
 
+class Hub:
+    """What huggingface_hub asks through, with one answer to everything."""
+
+    def __init__(self, answer: int | Exception) -> None:
+        self.answer, self.asked = answer, []
+
+    def head(self, url: str, timeout: float) -> object:
+        self.asked.append((url, timeout))
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return type("Response", (), {"status_code": self.answer})
+
+
 def test_offline_the_hub_is_not_asked(monkeypatch):
-    monkeypatch.setattr(machine.urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked"))
+    hub = Hub(200)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: hub)
     found = doctor.examine()
-    assert found.machine["hub"] == machine.OFFLINE
+    assert hub.asked == []
+    assert found.machine["hub"] == probes.OFFLINE
     assert commands(found)["the hub"].startswith("unset HF_HUB_OFFLINE")
 
 
-def test_the_hub_is_asked_shortly_and_its_password_not_told(monkeypatch):
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (200, "reachable: mirror.example answered in "),
+        (404, "reachable: mirror.example answered in "),
+        (503, "mirror.example is out of order (HTTP 503)"),
+        (OSError(f"no route to {SECRET}"), "mirror.example cannot be reached (OSError)"),
+    ],
+    ids=str,
+)
+def test_the_hub_is_asked_shortly_and_its_password_not_told(monkeypatch, answer, told):
     from huggingface_hub import constants
 
-    asked = []
-
-    def answer(request, timeout):
-        asked.append((request.full_url, timeout))
-        raise OSError("no route")
-
+    hub = Hub(answer)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", f"https://user:{SECRET}@mirror.example")
-    monkeypatch.setattr(machine.urllib.request, "urlopen", answer)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: hub)
     found = doctor.examine()
-    assert asked == [(constants.ENDPOINT, machine.HUB_SECONDS)]
-    assert found.machine["hub"] == "mirror.example cannot be reached (OSError)"
+    assert hub.asked == [(constants.ENDPOINT, probes.HUB_SECONDS)]
+    assert found.machine["hub"].startswith(told)
     assert SECRET not in found.to_json()
-    assert "hf download" in commands(found)["a real model"]
+    reachable = told.startswith(probes.REACHABLE)
+    assert ("a real model" in commands(found)) is not reachable
+    (without,) = (notebook.without for notebook in found.notebooks if notebook.name == "02_accuracy")
+    assert any("wikitext2" in lacking for lacking in without) is not reachable
 
 
 def test_what_gives_no_answer_is_not_waited_for(monkeypatch):
     import threading
 
     never = threading.Event()
-    monkeypatch.setattr(machine, "CACHE_SECONDS", 0.05)
-    monkeypatch.setattr(machine, "_hub_cache", lambda: str(never.wait(30)))
-    assert machine.facts()["hub cache"] == "no answer within 0.05 s"
+    monkeypatch.setattr(probes, "CACHE_SECONDS", 0.05)
+    monkeypatch.setattr(probes, "_hub_cache", lambda: str(never.wait(30)))
+    assert probes.facts()["hub cache"] == "no answer within 0.05 s"
     never.set()
 
 
@@ -241,7 +264,7 @@ def test_a_probe_that_fails_is_told_in_its_line_and_the_others_go_on(monkeypatch
     def fail():
         raise error
 
-    monkeypatch.setattr(machine, "_memory", fail)
+    monkeypatch.setattr(probes, "_memory", fail)
     found = doctor.examine()
     assert found.machine["memory"].startswith(f"cannot be found out ({type(error).__name__}")
     assert found.runs and found.backends
@@ -281,13 +304,13 @@ def test_outputs_that_cannot_be_written_are_named(monkeypatch, tmp_path):
 
 
 def test_a_full_disk_is_named(monkeypatch):
-    monkeypatch.setattr(machine, "free_gib", lambda _: 0.01)
+    monkeypatch.setattr(probes, "free_gib", lambda _: 0.01)
     (problem,) = doctor.examine().problems
     assert "has no room left" in problem
 
 
 def test_the_home_folder_is_not_told(monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: Path("/home-of/someone"))
-    assert machine.short("/home-of/someone/.cache/x") == "~/.cache/x"
-    assert machine.short(paths.ROOT / "notebooks" / "a.ipynb") == "notebooks/a.ipynb"
-    assert machine.short("/usr/bin/c++") == "/usr/bin/c++"
+    assert probes.short("/home-of/someone/.cache/x") == "~/.cache/x"
+    assert probes.short(paths.ROOT / "notebooks" / "a.ipynb") == "notebooks/a.ipynb"
+    assert probes.short("/usr/bin/c++") == "/usr/bin/c++"

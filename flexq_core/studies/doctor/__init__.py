@@ -15,7 +15,7 @@ import shutil
 import textwrap
 from dataclasses import asdict, dataclass
 
-from flexq_core.studies.doctor import consequences, machine
+from flexq_core.studies.doctor import consequences, probes
 from flexq_core.studies.doctor.consequences import Backend, Notebook, Step
 
 
@@ -75,16 +75,16 @@ def examine(data_dir: str = "", *, compile_kernels: bool = False) -> Diagnosis:
 
     data_dir: a folder that should hold texts and tasks, or empty.  compile_kernels: build what can be built, and time it.
     """
-    facts = machine.facts(data_dir, compile_kernels=compile_kernels)
+    facts = probes.facts(data_dir, compile_kernels=compile_kernels)
     problems, backends, notebooks, steps = [], [], [], []
     try:
         problems += consequences.problems()
         if not problems:
             backends += consequences.backends()
-            notebooks += consequences.notebooks(backends, data_dir, facts["hub"].startswith(machine.REACHABLE))
+            notebooks += consequences.notebooks(backends, data_dir, facts["hub"].startswith(probes.REACHABLE))
         steps += consequences.steps(backends, facts)
     except Exception as error:
-        problems.append(f"what follows from that cannot be told ({machine.said(error)})")
+        problems.append(f"what follows from that cannot be told ({probes.said(error)})")
     return Diagnosis(problems, facts, backends, notebooks, steps)
 
 

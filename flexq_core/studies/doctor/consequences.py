@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flexq_core.studies.doctor import machine
+from flexq_core.studies.doctor import probes
 
 SUPPORTED = ((3, 11), (3, 13))
 """The first and the last Python that env/requirements.lock holds for."""
@@ -51,10 +51,10 @@ def problems() -> list[str]:
         found.append(
             f"Python {here[0]}.{here[1]} is not supported: 3.11 to 3.13 are; make PYTHON=/path/to/python3.12 env"
         )
-    if not (machine.ROOT / "notebooks").is_dir():
-        found.append(f"{machine.ROOT} has no notebooks: run from a checkout of the repository")
+    if not (probes.ROOT / "notebooks").is_dir():
+        found.append(f"{probes.ROOT} has no notebooks: run from a checkout of the repository")
         return found
-    missing = machine.missing_packages()
+    missing = probes.missing_packages()
     if missing:
         found.append(f"packages are missing ({', '.join(missing)}): {_install()}")
         return found
@@ -62,16 +62,14 @@ def problems() -> list[str]:
         importlib.import_module("torch")
         paths = importlib.import_module("flexq_core.workbook.paths")
     except Exception as error:  # a library that the system lacks, a broken installation
-        found.append(f"PyTorch or what is beside it cannot be imported ({machine.said(error)}): {_install()}")
+        found.append(f"PyTorch or what is beside it cannot be imported ({probes.said(error)}): {_install()}")
         return found
     outputs = paths.outputs()
     nearest = next(folder for folder in (outputs, *outputs.parents) if folder.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        found.append(f"{machine.short(outputs)} cannot be written: set FLEXQ_OUTPUTS to a folder that can")
-    elif machine.free_gib(nearest) < LEAST_FREE_GIB:
-        found.append(
-            f"{machine.short(outputs)} has no room left: free some, or set FLEXQ_OUTPUTS to a folder elsewhere"
-        )
+        found.append(f"{probes.short(outputs)} cannot be written: set FLEXQ_OUTPUTS to a folder that can")
+    elif probes.free_gib(nearest) < LEAST_FREE_GIB:
+        found.append(f"{probes.short(outputs)} has no room left: free some, or set FLEXQ_OUTPUTS to a folder elsewhere")
     return found
 
 
@@ -122,7 +120,7 @@ def notebooks(found: list[Backend], data_dir: str, hub_reachable: bool) -> list[
     from flexq_core.sources.tasks import PAPER_TASKS
     from flexq_core.workbook import paths
 
-    held = machine.held_by(data_dir)
+    held = probes.held_by(data_dir)
     absent = {
         kind: ", ".join(name for name in names if not hub_reachable and name not in held)
         for kind, names in (("texts", HUB_TEXTS), ("tasks", PAPER_TASKS))
@@ -143,8 +141,8 @@ def notebooks(found: list[Backend], data_dir: str, hub_reachable: bool) -> list[
 
 
 def steps(found: list[Backend], facts: dict[str, str]) -> list[Step]:
-    """How to get what is lacking, the exact commands. facts: of `machine.facts`."""
-    if facts["packages"].startswith(machine.MISSING):
+    """How to get what is lacking, the exact commands. facts: of `probes.facts`."""
+    if facts["packages"].startswith(probes.MISSING):
         return [Step("pinned packages", _install())]
     wanted = []
     obstacles = dict.fromkeys(each.why for each in found if not each.runs)
@@ -154,22 +152,22 @@ def steps(found: list[Backend], facts: dict[str, str]) -> list[Step]:
         for sign, (brings, command) in _REMEDIES.items()
         if sign in obstacle
     ]
-    if machine.NOT_BUILT in (facts["CPU kernel"], facts["CUDA kernels"]):
+    if probes.NOT_BUILT in (facts["CPU kernel"], facts["CUDA kernels"]):
         wanted.append(Step("kernels now", f"{_python()} -m flexq_core doctor --build"))
-    if facts["hub"] == machine.OFFLINE:
+    if facts["hub"] == probes.OFFLINE:
         wanted.append(Step("the hub", "unset HF_HUB_OFFLINE TRANSFORMERS_OFFLINE"))
-    elif not facts["hub"].startswith(machine.REACHABLE):
+    elif not facts["hub"].startswith(probes.REACHABLE):
         download = "hf download meta-llama/Llama-2-7b-hf --local-dir llama-2-7b"
         wanted.append(
             Step("a real model", f"{download}   # where there is a network; bring the folder, name it as the model")
         )
-    if facts["hub token"] == machine.NONE:
+    if facts["hub token"] == probes.NONE:
         wanted.append(Step("gated models", "hf auth login   # once their licence is accepted on the hub"))
     return list(dict.fromkeys(wanted))
 
 
 def _python() -> str:
-    return shlex.quote(machine.short(sys.executable)).replace("'~/'", "~/")
+    return shlex.quote(probes.short(sys.executable)).replace("'~/'", "~/")
 
 
 def _in_conda() -> bool:
@@ -198,13 +196,13 @@ _NO_CARD = "an NVIDIA card of compute capability 8.0 or later; on a machine that
 
 
 def _cuda_torch() -> str:
-    if not machine.nvidia_card_seen():
+    if not probes.nvidia_card_seen():
         return _NO_CARD
     return f"{_python()} -m pip uninstall -y torch && {_python()} -m pip install -r env/requirements.lock"
 
 
 def _driver() -> str:
-    return "nvidia-smi   # names the trouble" if machine.nvidia_card_seen() else _NO_CARD
+    return "nvidia-smi   # names the trouble" if probes.nvidia_card_seen() else _NO_CARD
 
 
 def _nvcc() -> str:

@@ -11,8 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -165,7 +163,7 @@ def nvidia_card_seen() -> bool:
 def _cards() -> str:
     import torch
 
-    from flexq_core.workbook.machine import _driver
+    from flexq_core.workbook.machine import driver
 
     if not torch.cuda.is_available():
         return "one that torch cannot use" if nvidia_card_seen() else "none"
@@ -173,7 +171,7 @@ def _cards() -> str:
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         cards.append(f"{card.name} (compute capability {card.major}.{card.minor}, {card.total_memory / GIB:.0f} GiB)")
-    return f"{', '.join(cards)}; driver {_driver() or 'unknown'}"
+    return f"{', '.join(cards)}; driver {driver() or 'unknown'}"
 
 
 def _processor() -> str:
@@ -294,16 +292,16 @@ def _hub() -> str:
 
     if constants.HF_HUB_OFFLINE:
         return OFFLINE
-    host = urlsplit(constants.ENDPOINT).hostname  # a mirror's address may hold a password
+    from huggingface_hub.utils import get_session  # with the proxies and certificates of real downloads
+
+    host = urlsplit(constants.ENDPOINT).hostname  # a mirror's address may hold a password, and so may an error's text
     start = time.perf_counter()
     try:
-        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-        urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
-    except urllib.error.HTTPError as error:
-        if error.code >= 500:
-            return f"{host} is out of order (HTTP {error.code})"
-    except OSError as error:
-        return f"{host} cannot be reached ({getattr(error, 'reason', None) or type(error).__name__})"
+        status = get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS).status_code
+    except Exception as error:
+        return f"{host} cannot be reached ({type(error).__name__})"
+    if status >= 500:
+        return f"{host} is out of order (HTTP {status})"
     return f"{REACHABLE}: {host} answered in {time.perf_counter() - start:.1f} s"
 
 
