@@ -26,7 +26,7 @@ test-gpu: env  ## run the tests that want an NVIDIA GPU, on it
 	@$(BIN)/python -m pytest -q -m gpu
 
 lab: env  ## open the notebooks in JupyterLab
-	@$(BIN)/python -m jupyterlab notebooks
+	@$(BIN)/python -m jupyterlab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 lint: env  ## check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
