@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from flexq_core.studies.doctor import probes
 
@@ -157,17 +158,31 @@ def steps(found: list[Backend], facts: dict[str, str]) -> list[Step]:
     if facts["hub"] == probes.OFFLINE:
         wanted.append(Step("the hub", "unset HF_HUB_OFFLINE TRANSFORMERS_OFFLINE"))
     elif not facts["hub"].startswith(probes.REACHABLE):
-        download = "hf download meta-llama/Llama-2-7b-hf --local-dir llama-2-7b"
+        download = f"{_beside_python('hf')} download meta-llama/Llama-2-7b-hf --local-dir llama-2-7b"
         wanted.append(
             Step("a real model", f"{download}   # where there is a network; bring the folder, name it as the model")
         )
     if facts["hub token"] == probes.NONE:
-        wanted.append(Step("gated models", "hf auth login   # once their licence is accepted on the hub"))
+        wanted.append(
+            Step("gated models", f"{_beside_python('hf')} auth login   # once their licence is accepted on the hub")
+        )
     return list(dict.fromkeys(wanted))
 
 
 def _python() -> str:
-    return shlex.quote(probes.short(sys.executable)).replace("'~/'", "~/")
+    return _typed(Path(sys.executable))
+
+
+def _beside_python(script: str) -> str:
+    """A script of this environment, which need not be on the PATH."""
+    place = Path(sys.executable).with_name(script)
+    return _typed(place) if place.is_file() else script
+
+
+def _typed(path: Path) -> str:
+    """A path as a shell takes it; within quotes it would leave `~` as it is."""
+    told = probes.short(path)
+    return f"~/{shlex.quote(told[2:])}" if told.startswith("~/") else shlex.quote(told)
 
 
 def _in_conda() -> bool:
