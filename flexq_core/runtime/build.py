@@ -122,6 +122,17 @@ def _architecture(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}" + ("a" if capability[0] >= 9 else "")
 
 
+def is_built(device: torch.device) -> bool:
+    """Whether the kernels for this device, as they are now, lie in the cache: then loading them compiles nothing."""
+    try:
+        if device.type == "cpu":
+            return _place("flexq_cpu", KERNELS / "cpu", CPU_FLAGS, None).is_dir()
+        architecture = _architecture(torch.cuda.get_device_capability(device))
+        return _place("flexq_cuda", KERNELS / "cuda", CUDA_FLAGS, architecture).is_dir()
+    except BuildError:
+        return False
+
+
 def cuda_home() -> Path:
     """The folder whose bin/ holds nvcc: the system's, conda's or PyPI's; BuildError says where was looked."""
     places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
@@ -144,25 +155,30 @@ def _load(
     name: str, folder: Path, sources: list[str], flags: tuple[str, ...], architecture: str | None = None
 ) -> ModuleType:
     """Build or find a module. With an architecture (`9.0a`) the sources are CUDA's, and the flags are nvcc's."""
-    compiler = _requirements()
-    facts = flags
-    if architecture is not None:
-        nvcc = subprocess.run([cuda_home() / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
-        facts = (*flags, architecture, nvcc)
-    module = f"{name}_{_digest(folder, facts, compiler)}"
-    place = _cache() / module
+    place = _place(name, folder, flags, architecture)
     try:
         if not place.is_dir():
             place.parent.mkdir(parents=True, exist_ok=True)
             with _lock(place.with_suffix(".lock")):
                 if not place.is_dir():  # nobody else built it while this one waited
-                    _compile(module, [str(folder / source) for source in sources], list(flags), place, architecture)
+                    files = [str(folder / source) for source in sources]
+                    _compile(place.name, files, list(flags), place, architecture)
     except OSError as error:
         raise BuildError(
             f"the kernel's cache {place} cannot be written ({error.strerror or error}); set TORCH_EXTENSIONS_DIR to a "
             "folder that can"
         ) from error
     return _import(place)
+
+
+def _place(name: str, folder: Path, flags: tuple[str, ...], architecture: str | None) -> Path:
+    """Where the build of these sources lies, or would."""
+    compiler = _requirements()
+    facts = flags
+    if architecture is not None:
+        nvcc = subprocess.run([cuda_home() / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+        facts = (*flags, architecture, nvcc)
+    return cache_folder() / f"{name}_{_digest(folder, facts, compiler)}"
 
 
 def _compile(module: str, sources: list[str], flags: list[str], place: Path, architecture: str | None) -> None:
@@ -237,7 +253,8 @@ def _requirements() -> str:
     return compiler
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """That holds one folder a build, safe to delete."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if root:
         return Path(root) / "flexq"
