@@ -209,7 +209,7 @@ def plot_rates(table: pd.DataFrame) -> Figure:
             style |= {"markersize": 3, "lw": 1.2}
             rates.plot(rows["tokens"], rows["gops"] / 1e3, label=title(method), **style)
             shares.plot(rows["tokens"], 100 * rows["limit_us"] / rows["gemm_us"], **style)
-        rates.set(xscale="log", yscale="log", title=f"{outputs} × {features}")
+        rates.set(xscale="log", yscale="log", title=f"{outputs}\n× {features}")
         shares.set(xlabel="tokens", ylim=(0, 105))
     axes[0, 0].set_ylabel("TOP/s")
     axes[1, 0].set_ylabel("of the limit (%)")

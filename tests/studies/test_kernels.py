@@ -478,7 +478,7 @@ def test_rates_are_drawn_where_the_most_numbers_of_tokens_were_measured():
     table = gpu_times(shapes=[(64, 128), (128, 128)], imma=1.2, torch_fp16=2.4)
     few = table[(table["outputs"] == 64) | (table["tokens"] == 8)]
     figure = kernels_compared.plot_rates(few)
-    assert [axis.get_title() for axis in figure.axes] == ["64 × 128", ""]
+    assert [axis.get_title() for axis in figure.axes] == ["64\n× 128", ""]
     drawn = figure.axes[0].lines[0].get_ydata()
     mine = few[(few["outputs"] == 64) & (few["method"] == "imma")].sort_values("tokens")
     assert list(drawn) == list(mine["gops"] / 1e3)
