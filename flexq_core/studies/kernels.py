@@ -116,7 +116,7 @@ class KernelStudy:
         self.run = run
         self.shapes = read_shapes(shapes)
         self.tokens = counts(tokens, "tokens")
-        require_bits(activation_bits, accepted=ACTIVATION_BITS, what="activation_bits")
+        require_bits(activation_bits, what="activation_bits")
         self.on_gpu = torch.device(run.device).type == "cuda"
         usual = ",".join(DEFAULT_METHODS["cuda" if self.on_gpu else "cpu"])
         asked = names(usual if methods == "default" else methods, METHODS, "method")
@@ -595,7 +595,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--tokens", type=int, nargs="+", default=[1, 8, 64, 512], help="batch sizes (default: 1 8 64 512)"
     )
     parser.add_argument("--shapes", nargs="+", default=["demo"], help="NxK, or demo, paper or paper-a8 (default: demo)")
-    parser.add_argument("--activation-bits", type=int, choices=(6, 8), default=6, help="(default: 6)")
+    parser.add_argument("--activation-bits", type=int, choices=ACTIVATION_BITS, default=6, help="(default: 6)")
     parser.add_argument(
         "--methods", nargs="+", choices=("default", *METHODS), default=["default"], help="(default: the device's usual)"
     )

@@ -62,7 +62,7 @@ def _quick(monkeypatch):
         ("tokens", "1,a", "tokens holds 'a'; accepted"),
         ("tokens", "-1", "tokens holds '-1'; accepted"),
         ("tokens", " , ", "tokens is empty; accepted"),
-        ("activation_bits", 7, "activation_bits is 7; accepted: 6, 8"),
+        ("activation_bits", 9, "activation_bits is 9; accepted: 2, 3, 4, 5, 6, 7, 8"),
         ("repeats", 0, "repeats is 0; accepted: 5 or more"),
         ("threads", -1, "threads is -1; accepted: 0 to "),
         ("threads", 10**6, "threads is 1000000; accepted: 0 to "),
