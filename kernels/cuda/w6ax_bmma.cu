@@ -3,15 +3,19 @@
 //   sum_k u x = sum over planes i of u, j of x: +-2^(i + j) * popcount(u_i & x_j),   u = q + 2^(b - 1) unsigned, x in two's complement
 //
 // Pairs of equal i + j share an accumulator, and from one such diagonal to the next the accumulator doubles (Horner): one shift a diagonal
-// is all that recombination costs. Only x's sign plane is negative: its pairs have a second accumulator. The weights' offset is undone
+// is all that recombination costs. Two pairs of a diagonal share an instruction as well: it sums over 256 bits, a group has 128, and the
+// other half takes the next pair. Only x's sign plane is negative: its pairs have a second accumulator. The weights' offset is undone
 // with the sum of the activations' codes: sum q x = sum u x - 2^(b - 1) sum x.
 //
+// Planes meet in twos: of weights i and i + 1, i even, which lie in neighbouring registers. So W6A6 takes 24 instructions, and not 36.
+//
 // One token alone would leave seven of the instruction's eight columns empty: then the columns are its bit planes, and six products
-// (one a plane of the weights) take the place of 36 or 48.
+// (one a plane of the weights) are all.
 //
 // Weights and activations may have 2 to 8 bits each. How many is known when this is compiled, so that loops over planes are unrolled and
 // no plane is multiplied that is not there: 6-bit weights with 6- and 8-bit activations are compiled with the other kernels, and for
 // others a build defines FLEXQ_WEIGHT_BITS.
+#include "expand.cuh"
 #include "kernels.h"
 #include "ring.cuh"
 
@@ -55,10 +59,11 @@ __device__ __forceinline__ void multiply_one(const Words& words, uint32_t plane,
   }
 }
 
+// Two blocks a multiprocessor are as many as the shared memory holds; of one token more, and their registers are few.
 template <int kBits, int kTokenTiles, int kWarps, int kStages, bool kOne>
-__global__ void __launch_bounds__(kWarps * 32) w6ax_bmma_kernel(const __grid_constant__ Linear p) {
+__global__ void __launch_bounds__(kWarps * 32, kOne ? 0 : 2) w6ax_bmma_kernel(const __grid_constant__ Linear p) {
   using Parts = RingKernel<Order::planes, kBits, kTokenTiles, kWarps, kStages>;
-  constexpr int kTileBytes = activation_tile_bytes(Order::planes, kBits);
+  constexpr int kTileBytes = activation_tile_bytes(Order::planes, kBits), kSign = kBits - 1;
   extern __shared__ __align__(128) uint8_t shared[];
   allow_next_kernel();
   const Tiles tiles(p, kTokenTiles * kTokenTile);
@@ -98,25 +103,40 @@ __global__ void __launch_bounds__(kWarps * 32) w6ax_bmma_kernel(const __grid_con
 #pragma unroll
           for (int j = 0; j < kBits; ++j) planes[j] = *reinterpret_cast<const uint32_t*>(codes + j * 128 + lane * 4);
           const int2 x_sum = *reinterpret_cast<const int2*>(codes + kBits * 128 + q * 8);
+          // The sum's bits become those of a float32 number with the last doubling, which takes the weights' offset off as well.
+          const int32_t start[2] = {kMagicBits - kOffset * x_sum.x, kMagicBits - kOffset * x_sum.y};
           int32_t plus[2][4] = {}, minus[2][4] = {};  // two halves: two independent chains
 #pragma unroll
           for (int diagonal = kPlanes + kBits - 2; diagonal >= 0; --diagonal) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
 #pragma unroll
-              for (int i = 0; i < 4; ++i) plus[half][i] <<= 1;
-              if (diagonal >= kBits - 1)
+              for (int i = 0; i < 4; ++i) plus[half][i] = 2 * plus[half][i] + (diagonal == 0 ? start[i % 2] : 0);
+              if (diagonal >= kSign)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) minus[half][i] <<= 1;
             }
 #pragma unroll
-            for (int i = 0; i < kPlanes; ++i) {
+            for (int i = 0; i < kPlanes; i += 2) {  // u_i meets x_j, u_i + 1 x_j - 1
               const int j = diagonal - i;
-              if (j < 0 || j >= kBits) continue;
+              const bool first = j >= 0 && j < kSign, second = i + 1 < kPlanes && j > 0 && j <= kSign;
 #pragma unroll
-              for (int half = 0; half < 2; ++half)
-                mma_b1(j == kBits - 1 ? minus[half] : plus[half], words[half][2 * i], words[half][2 * i + 1], planes[j]);
+              for (int half = 0; half < 2; ++half) {
+                const uint32_t* u = words[half] + 2 * i;
+                if (first && second)
+                  mma_b1_two(plus[half], u[0], u[1], planes[j], u[2], u[3], planes[j - 1]);
+                else if (first)
+                  mma_b1(plus[half], u[0], u[1], planes[j]);
+                else if (second)
+                  mma_b1(plus[half], u[2], u[3], planes[j - 1]);
+              }
             }
+            if (diagonal >= kSign)
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const uint32_t* u = words[half] + 2 * (diagonal - kSign);
+                mma_b1(minus[half], u[0], u[1], planes[kSign]);
+              }
           }
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -124,8 +144,8 @@ __global__ void __launch_bounds__(kWarps * 32) w6ax_bmma_kernel(const __grid_con
             const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(&two));
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const int32_t inner = plus[half][i] - (minus[half][i] << (kBits - 1)) - kOffset * (i % 2 ? x_sum.y : x_sum.x);
-              sums[half][t][i] = fmaf(float(inner), (i < 2 ? sw.x : sw.y) * (i % 2 ? s.y : s.x), sums[half][t][i]);
+              const float inner = __int_as_float(plus[half][i] - (minus[half][i] << kSign)) - kMagic;
+              sums[half][t][i] = fmaf(inner, (i < 2 ? sw.x : sw.y) * (i % 2 ? s.y : s.x), sums[half][t][i]);
             }
           }
         }
@@ -153,7 +173,8 @@ template <int kBits>
 bool run(const Linear& p, int token_tiles, cudaStream_t stream) {
   if (token_tiles == 2) return run<kBits, 2, 8, 2>(p, stream) || run<kBits, 2, 4, 2>(p, stream);
   if (p.tokens == 1) return run<kBits, 1, 8, 3, true>(p, stream) || run<kBits, 1, 8, 2, true>(p, stream);
-  return run<kBits, 1, 12, 2>(p, stream) || run<kBits, 1, 8, 2>(p, stream);
+  constexpr int kMostWarps = kPlanes < 8 ? 12 : 8;  // twelve with eight planes each would be short of registers
+  return run<kBits, 1, kMostWarps, 2>(p, stream) || run<kBits, 1, 8, 2>(p, stream);
 }
 
 template <int... kBits>
