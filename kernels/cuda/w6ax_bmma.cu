@@ -3,11 +3,10 @@
 //   sum_k u x = sum over planes i of u, j of x: +-2^(i + j) * popcount(u_i & x_j),   u = q + 2^(b - 1) unsigned, x in two's complement
 //
 // Pairs of equal i + j share an accumulator, and from one such diagonal to the next the accumulator doubles (Horner): one shift a diagonal
-// is all that recombination costs. Two pairs of a diagonal share an instruction as well: it sums over 256 bits, a group has 128, and the
-// other half takes the next pair. Only x's sign plane is negative: its pairs have a second accumulator. The weights' offset is undone
-// with the sum of the activations' codes: sum q x = sum u x - 2^(b - 1) sum x.
-//
-// Planes meet in twos: of weights i and i + 1, i even, which lie in neighbouring registers. So W6A6 takes 24 instructions, and not 36.
+// is all that recombination costs. An instruction sums over 256 bits and a group has 128, so that two pairs of a diagonal share one: of
+// planes i and i + 1 of the weights, i even, which lie in neighbouring registers. W6A6 takes 24 instructions in place of 36. Only x's sign
+// plane is negative: its pairs have a second accumulator. The weights' offset is undone with the sum of the activations' codes:
+// sum q x = sum u x - 2^(b - 1) sum x.
 //
 // One token alone would leave seven of the instruction's eight columns empty: then the columns are its bit planes, and six products
 // (one a plane of the weights) are all.

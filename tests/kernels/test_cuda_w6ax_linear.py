@@ -25,13 +25,26 @@ def nvcc_missing() -> str:
     return ""
 
 
-@pytest.mark.skipif(bool(nvcc_missing()), reason=f"nothing can be compiled: {nvcc_missing()}")
+needs_nvcc = pytest.mark.skipif(bool(nvcc_missing()), reason=f"nothing can be compiled: {nvcc_missing()}")
+
+
+@needs_nvcc
 @pytest.mark.parametrize("source", [name for name in build.CUDA_SOURCES if name.endswith(".cu")])
 def test_compiles_for_every_supported_card_without_spilling(source, tmp_path):
-    targets = [f"-gencode=arch=compute_{card},code=sm_{card}" for card in ("80", "86", "89", "90a")]
+    compiles_without_spilling(source, ("80", "86", "89", "90a"), tmp_path)
+
+
+@needs_nvcc
+def test_bit_planes_of_another_width_compile_without_spilling(tmp_path):
+    compiles_without_spilling("w6ax_bmma.cu", ("80", "90a"), tmp_path, "-DFLEXQ_WEIGHT_BITS=5")
+
+
+def compiles_without_spilling(source, cards, tmp_path, *macros):
+    targets = [f"-gencode=arch=compute_{card},code=sm_{card}" for card in cards]
     command = [
         build.cuda_home() / "bin" / "nvcc",
         *build.CUDA_FLAGS,
+        *macros,
         *targets,
         "-Werror",
         "all-warnings",
