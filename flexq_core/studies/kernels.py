@@ -207,7 +207,9 @@ class KernelStudy:
                 limit = limits_us(shape, count, self.machine(), precision.weight_bits)["byte_limit_us"]
                 case = {"combination": str(precision), "outputs": shape[0], "features": shape[1], "tokens": count}
                 rows.append(case | {"byte_limit_us": limit} | self._combination(shape, precision, count, made))
-        return pd.DataFrame(rows)
+        table = pd.DataFrame(rows)
+        first = ["combination", "outputs", "features", "tokens", "gemm_us", "median_us", "byte_limit_us"]
+        return table.reindex(columns=list(dict.fromkeys([*first, *table])))
 
     def _no_combinations(self) -> str:
         """Why none can be timed, or nothing."""
