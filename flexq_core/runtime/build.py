@@ -39,6 +39,8 @@ CUDA_SOURCES = (
     "w6ax_wgmma.cu",
     "w6ax_bmma.cu",
 )
+BIT_PLANE_SOURCES = ("bindings.cpp", "w6ax_bmma.cu")
+"""Of a build for one width of weights, which `-DFLEXQ_WEIGHT_BITS` names."""
 LEAST_CAPABILITY = (8, 0)
 """Of a card: asynchronous copies, and tensor cores for bytes and for bits."""
 WAIT_SECONDS = 600
@@ -71,7 +73,7 @@ def cpu_kernel() -> ModuleType:
 
 
 _failed: dict[str, str] = {}
-"""What could not be built in this process, `cpu` or a GPU's architecture → why."""
+"""What could not be built in this process, `cpu`, a GPU's architecture or a width of weights and it → why."""
 
 
 def _tried_once(what: str, load: Callable[[], ModuleType]) -> ModuleType:
@@ -115,6 +117,23 @@ def cuda_kernels(device: torch.device) -> ModuleType:
 def _cuda_kernels(capability: tuple[int, int]) -> ModuleType:
     name = _architecture(capability)
     return _tried_once(name, lambda: _load("flexq_cuda", KERNELS / "cuda", list(CUDA_SOURCES), CUDA_FLAGS, name))
+
+
+def bit_plane_kernel(device: torch.device, weight_bits: int) -> ModuleType:
+    """w6ax_bmma for this card, weights of so many bits and activations of 2 to 8, compiled if it is not in the cache.
+
+    Raises BuildError as `cuda_kernels` does.
+    """
+    return _bit_plane_kernel(torch.cuda.get_device_capability(device), weight_bits)
+
+
+@functools.cache
+def _bit_plane_kernel(capability: tuple[int, int], weight_bits: int) -> ModuleType:
+    architecture, name = _architecture(capability), f"flexq_bmma_w{weight_bits}"
+    flags = (*CUDA_FLAGS, f"-DFLEXQ_WEIGHT_BITS={weight_bits}")
+    return _tried_once(
+        f"{name} {architecture}", lambda: _load(name, KERNELS / "cuda", list(BIT_PLANE_SOURCES), flags, architecture)
+    )
 
 
 def _architecture(capability: tuple[int, int]) -> str:
@@ -197,7 +216,8 @@ def _compile(module: str, sources: list[str], flags: list[str], place: Path, arc
     else:
         environment["TORCH_CUDA_ARCH_LIST"] = architecture
         cpp_extension.CUDA_HOME = str(cuda_home())  # torch looks once, at import, and in fewer places
-        options = {"extra_cflags": ["-O2", "-std=c++17"], "extra_cuda_cflags": flags, "with_cuda": True}
+        macros = [flag for flag in flags if flag.startswith("-D")]
+        options = {"extra_cflags": ["-O2", "-std=c++17", *macros], "extra_cuda_cflags": flags, "with_cuda": True}
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:

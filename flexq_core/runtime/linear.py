@@ -13,7 +13,7 @@ from flexq_core.runtime import cuda, ops
 
 
 class FlexQLinear(nn.Module):
-    """A linear layer with packed 6-bit (or 8-bit) weights and dynamically quantised activations.
+    """A linear layer with packed weights of 2 to 8 bits, usually 6, and dynamically quantised activations.
 
     Parameters (none trainable), every one laid out with its outputs first:
         weight            [N, Kp * weight_bits / 8] uint8, canonical packing
@@ -116,7 +116,7 @@ class FlexQLinear(nn.Module):
         """
         if self._repacked is None or self._repacked[0] != self.backend:
             bits, device = self.precision.weight_bits, self.weight.device
-            backend = ops.resolve_backend(self.backend, device, bits, self.group_size)
+            backend = ops.resolve_backend(self.backend, device, bits, self.group_size, self.precision.activation_bits)
             chunks = cuda.repack(self.weight, self.weight_scale, backend) if backend in cuda.BACKENDS else None
             self._repacked = self.backend, backend, chunks
         return self._repacked[1:]

@@ -17,7 +17,7 @@ struct Norm;
 struct Records;
 struct Rows;
 
-void repack(const void* weight, const void* scale, void* chunks, int outputs, int groups, int order, cudaStream_t stream);
+void repack(const void* weight, const void* scale, void* chunks, int outputs, int groups, int bits, int order, cudaStream_t stream);
 
 void quantize_activation(const Rows& x, Float type, const Records& records, cudaStream_t stream);
 void relu_quantize(const Rows& x, Float type, const Records& records, cudaStream_t stream);
