@@ -20,6 +20,9 @@ class FlexQLinear(nn.Module):
         weight_scale      [N, Kp / group_size] float16; keeps its type when the module is cast
         weight_exponent   [N] int8
         bias              [N] floating point, or None
+
+    On a GPU the kernel reads weight and scale in an order of its own, and they are kept in that order only: the buffer
+    `chunks`. `canonical` and the state dict give them as above.
     """
 
     def __init__(
@@ -51,7 +54,8 @@ class FlexQLinear(nn.Module):
         self.weight_scale = parameter(out_features, groups, dtype=torch.float16)
         self.weight_exponent = parameter(out_features, dtype=torch.int8)
         self.bias = parameter(out_features, dtype=dtype) if bias else None
-        self._repacked: tuple[str, str, Tensor | None] | None = None  # see `prepare`
+        self.register_buffer("chunks", None, persistent=False)  # see `prepare`
+        self._prepared: tuple[str, str] | None = None  # the backend that was asked for, and what it means here
 
     @classmethod
     def from_linear(
@@ -111,19 +115,36 @@ class FlexQLinear(nn.Module):
         """Repack the weights for the CUDA kernel that this layer runs on, once; what a first call would do.
 
         Returns the backend that `backend` means here, and the weights in its order, or None where it takes them as they
-        are. Call it before capturing a CUDA graph. Weights that are written to later are repacked only when the layer is
-        moved or loaded.
+        are. Repacked weights take the place of canonical ones: `weight` and `weight_scale` hold nothing until the layer is
+        moved or loaded, or its backend changes. Call it before compiling the layer or capturing a CUDA graph.
         """
-        if self._repacked is None or self._repacked[0] != self.backend:
+        if self._prepared is None or self._prepared[0] != self.backend:
+            self._restore()
             bits, device = self.precision.weight_bits, self.weight.device
             backend = ops.resolve_backend(self.backend, device, bits, self.group_size)
-            chunks = cuda.repack(self.weight, self.weight_scale, backend) if backend in cuda.BACKENDS else None
-            self._repacked = self.backend, backend, chunks
-        return self._repacked[1:]
+            if backend in cuda.BACKENDS:
+                self.chunks = cuda.repack(self.weight, self.weight_scale, backend)
+                for parameter in (self.weight, self.weight_scale):
+                    parameter.data = parameter.new_empty(self.out_features, 0)
+            self._prepared = self.backend, backend
+        return self._prepared[1], self.chunks
+
+    def canonical(self) -> tuple[Tensor, Tensor]:
+        """`weight` and `weight_scale` as they are stored, whatever this layer keeps; unpacked anew where it keeps chunks."""
+        if self.chunks is None:
+            return self.weight, self.weight_scale
+        return cuda.unpack(self.chunks, self.out_features, self._prepared[1])
+
+    def _restore(self) -> None:
+        """Undo `prepare`."""
+        if self.chunks is not None:
+            self.weight.data, self.weight_scale.data = self.canonical()
+        self.chunks = self._prepared = None
 
     def weight_bytes(self) -> int:
-        """Bytes that the packed weight takes with its scales and exponents."""
-        return sum(p.numel() * p.element_size() for p in (self.weight, self.weight_scale, self.weight_exponent))
+        """Bytes that the packed weight takes with its scales and exponents, in the form that it is kept."""
+        kept = (self.weight, self.weight_scale) if self.chunks is None else (self.chunks,)
+        return sum(tensor.nbytes for tensor in (*kept, self.weight_exponent))
 
     def extra_repr(self) -> str:
         return (
@@ -133,13 +154,18 @@ class FlexQLinear(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         # `model.to(bfloat16)` casts every floating parameter, but codes belong to the scale as it was rounded.
+        self._restore()
         scale = self.weight_scale.data
-        self._repacked = None
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale.data = scale.to(self.weight_scale.device)
         return self
 
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.chunks is not None:
+            destination[f"{prefix}weight"], destination[f"{prefix}weight_scale"] = self.canonical()
+
     def _load_from_state_dict(self, *arguments, **options) -> None:
-        self._repacked = None
+        self._restore()
         super()._load_from_state_dict(*arguments, **options)

@@ -185,7 +185,7 @@ class _FlexQ:
 
     def definition(self, x: Tensor) -> Tensor:
         layer = self._layer
-        packed = (layer.weight, layer.weight_scale, layer.weight_exponent)
+        packed = (*layer.canonical(), layer.weight_exponent)
         return ops.w6ax_linear(x, *packed, None, 6, self._bits, layer.group_size, "reference")
 
 
