@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from flexq_core.quant.packing import pack_codes, packed_bytes
 from flexq_core.quant.plan import LayerPrecision
 from flexq_core.quant.quantize import quantize_weight
 from flexq_core.quant.spec import GROUP_SIZE, group_count
-from flexq_core.runtime import cuda, ops
+from flexq_core.runtime import activations, cuda, ops
 
 
 class FlexQLinear(nn.Module):
@@ -110,6 +112,21 @@ class FlexQLinear(nn.Module):
             self.group_size,
             self.backend,
         )
+
+    def reader(self) -> activations.Reader | None:
+        """For whom to quantise activations ahead (runtime/activations.py); None where the backend quantises for itself."""
+        backend = self.prepare()[0]
+        if backend not in activations.BACKENDS:
+            return None
+        return activations.Reader(self.precision.activation_bits, backend, self.out_features, self.group_size)
+
+    def forward_quantized(self, records: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The product with activations quantised ahead for `reader()`: [*shape, in_features] → [*shape, out_features] in dtype."""
+        chunks = self.chunks
+        weight, scale = (self.weight, self.weight_scale) if chunks is None else (chunks, None)
+        operands = (weight, scale, self.weight_exponent, self.bias, self.precision.weight_bits, dtype)
+        y = activations.w6ax_linear_quantized(records, math.prod(shape), *operands, self.reader())
+        return y.view(*shape, self.out_features)
 
     def prepare(self) -> tuple[str, Tensor | None]:
         """Repack the weights for the CUDA kernel that this layer runs on, once; what a first call would do.
