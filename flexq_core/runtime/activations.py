@@ -175,7 +175,8 @@ def _silu_mul_quantize(
 ) -> Tensor:
     kernel = _kernel(backend, *gate.shape, outputs, gate.device)
     if kernel == "reference":
-        return _quantize(F.silu(gate) * up, activation_bits, group_size)
+        # A processor's SiLU of rows that lie apart is scalar, and may differ in the last bit.
+        return _quantize(F.silu(gate.contiguous()) * up, activation_bits, group_size)
     return cuda.silu_mul_quantize(gate, up, activation_bits, kernel)
 
 

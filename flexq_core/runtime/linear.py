@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,37 @@ class FlexQLinear(nn.Module):
                 layer.bias.copy_(linear.bias)
         return layer
 
+    @classmethod
+    def merged(cls, layers: Sequence[FlexQLinear]) -> FlexQLinear:
+        """One layer for several that read the same activations: its outputs are theirs, one after the other.
+
+        Raises ValueError for layers that differ in what one layer has once: features, bits, group size, backend, bias.
+        """
+        first = layers[0]
+
+        def shared(layer: FlexQLinear) -> tuple:
+            kind = None if layer.bias is None else layer.bias.dtype
+            return layer.in_features, layer.precision, layer.group_size, layer.backend, kind
+
+        if any(shared(layer) != shared(first) for layer in layers):
+            raise ValueError(
+                f"layers that differ cannot be merged: {'; '.join(layer.extra_repr() for layer in layers)}"
+            )
+        outputs = sum(layer.out_features for layer in layers)
+        options = {"precision": first.precision, "group_size": first.group_size, "backend": first.backend}
+        made = cls(first.in_features, outputs, bias=first.bias is not None, device="meta", **options)
+        weights, scales = zip(*(layer.canonical() for layer in layers), strict=True)
+        parts = {
+            "weight": weights,
+            "weight_scale": scales,
+            "weight_exponent": [layer.weight_exponent for layer in layers],
+        }
+        if first.bias is not None:
+            parts["bias"] = [layer.bias for layer in layers]
+        for name, tensors in parts.items():
+            setattr(made, name, nn.Parameter(torch.cat([tensor.detach() for tensor in tensors]), requires_grad=False))
+        return made
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] float32, float16 or bfloat16 → [..., out_features] in the same dtype."""
         if x.is_cuda:
@@ -121,7 +153,7 @@ class FlexQLinear(nn.Module):
         return activations.Reader(self.precision.activation_bits, backend, self.out_features, self.group_size)
 
     def forward_quantized(self, records: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The product with activations quantised ahead for `reader()`: [*shape, in_features] → [*shape, out_features] in dtype."""
+        """The product with activations [*shape, in_features] quantised ahead for `reader()`: [*shape, out_features] in dtype."""
         chunks = self.chunks
         weight, scale = (self.weight, self.weight_scale) if chunks is None else (chunks, None)
         operands = (weight, scale, self.weight_exponent, self.bias, self.precision.weight_bits, dtype)
