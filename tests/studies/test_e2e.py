@@ -13,21 +13,9 @@ from flexq_core.runtime.convert import quantize_model, replace_linear_layers
 from flexq_core.sources import paper
 from flexq_core.sources.models import LoadedModel, ModelError
 from flexq_core.studies import e2e
-from flexq_core.studies.e2e import (
-    METHODS,
-    DynamicInt8Linear,
-    EndToEndStudy,
-    Generation,
-    Int8WeightLinear,
-    block_weight_bytes,
-    cache_bytes,
-    claims,
-    generate,
-    model_bytes,
-    plot_latency,
-    plot_memory,
-    total_ms,
-)
+from flexq_core.studies.e2e import METHODS, EndToEndStudy, claims, linears, plot_latency, plot_memory
+from flexq_core.studies.e2e.decode import Engine, Generation, cache_bytes, generate, total_ms
+from flexq_core.studies.e2e.linears import DynamicInt8Linear, Int8WeightLinear, block_weight_bytes, model_bytes
 from flexq_core.workbook.records import Skipped, read_jsonl
 from tests.models import CONFIGS, tiny_model
 from tests.runs import run_of
@@ -167,7 +155,7 @@ def test_int8_layers_compute_the_product(bias, batch):
     expected = linear(x)
     layers = [DynamicInt8Linear(linear, _engine())]
     try:
-        e2e._require_weight_only(nn.ModuleDict({"blocks": nn.ModuleList([linear])}))
+        linears.require_weight_only({"linear": linear})
         layers.append(Int8WeightLinear(linear))
     except Skipped as reason:
         warnings.warn(str(reason), stacklevel=1)
@@ -182,8 +170,8 @@ def test_a_gpus_int8_layer_computes_the_product_of_its_codes_exactly():
     linear = nn.Linear(48, 80).requires_grad_(False)
     linear.weight[3] = 0  # a row without a scale
     x = torch.randn(2, 3, 48)
-    layer = e2e.Int8Linear(linear)
-    codes, scales = e2e._int8_rows(x.reshape(6, 48), torch.float32)
+    layer = linears.Int8Linear(linear)
+    codes, scales = linears._int8_rows(x.reshape(6, 48), torch.float32)
     sums = codes.double() @ layer.weight.double().T
     expected = sums * scales.double()[:, None] * layer.weight_scale.double() + linear.bias.double()
     assert torch.allclose(layer(x).double().view(6, 80), expected, rtol=1e-5, atol=1e-6)
@@ -300,7 +288,7 @@ def test_a_wrong_product_is_not_timed(run, tiny, monkeypatch):
         return replace_linear_layers(model, lambda _, linear: _Zero(linear.out_features))
 
     monkeypatch.setattr(e2e, "quantize_model", zeroed)
-    monkeypatch.setattr(e2e, "generate", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(Engine, "generate", lambda *_: pytest.fail("timed"))
     with pytest.raises(RuntimeError, match=r"flexq is not timed: its logits differ .*, bound 0.5"):
         EndToEndStudy(run, **SMALL | {"methods": "flexq"}).table()
     assert not run.records.path.exists()
@@ -328,7 +316,7 @@ def test_a_method_that_cannot_run_is_skipped_with_its_reason(run, tiny, monkeypa
 
 
 def test_a_torch_without_int8_is_skipped(run, tiny, monkeypatch):
-    monkeypatch.setattr(e2e, "_INT8_ENGINES", ())
+    monkeypatch.setattr(linears, "_INT8_ENGINES", ())
     monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", [], raising=False)
     table = EndToEndStudy(run, **SMALL | {"methods": "w8a8"}).table()
     assert set(table["skipped"]) == {"this torch has no engine for dynamic INT8"}
