@@ -1,7 +1,9 @@
 """Fused decoder blocks in transformers' own models: fewer, larger products, and activations that stay quantised between kernels.
 
-    norm → q, k, v → attention → o → + → norm → gate, up → SiLU × → down → +          a block as transformers runs it
-    norm & quantise → qkv → attention → o → + & norm & quantise → gate_up → SiLU × & quantise → down → +          fused
+    norm → q, k, v → attention → o → + → norm → gate, up → SiLU × → down → +      a block as transformers runs it
+    qkv → attention → o → + & norm & quantise → gate_up → SiLU × & quantise → down → + & norm & quantise      fused
+
+The last of these is the next block's norm: a block hands the result on beside the sum that it returns.
 
 Projections that read the same activations become one layer, and what feeds a `FlexQLinear` quantises its result for it
 (runtime/activations.py). Attention is the model's own: where q, k and v were stands what picks theirs out of the merged
@@ -51,6 +53,11 @@ def fuse_(model: nn.Module) -> nn.Module:
             if isinstance(layer, FlexQLinear):
                 layer.prepare()
         fused += 1
+    for blocks in model.modules():
+        if isinstance(blocks, nn.ModuleList) and all(isinstance(block, _Fused) for block in blocks):
+            chain = list(blocks)
+            for block in blocks:
+                block.chain = chain
     if not fused and not left:
         left[f"{type(model).__name__} has no block of a kind known here; accepted: {', '.join(_KINDS)}"] = 1
     for reason, count in left.items():
@@ -74,12 +81,43 @@ class _Columns(nn.Module):
 
 
 class _Fused(nn.Module):
-    """What fused blocks share."""
+    """What fused blocks share.
+
+    chain: the blocks of the model, in a list that is no submodule.  ahead: what the block before has handed on: the hidden
+    states that it returned, and their norm quantised for this block.
+    """
+
+    chain: Sequence[_Fused] = ()
+    ahead: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def merge_(block: Any) -> None:
         """Merge the projections of a block in place; ValueError, before anything is changed, where they cannot be."""
         raise NotImplementedError
+
+    def first(self) -> tuple[nn.Module, nn.Module]:
+        """The norm that the block begins with, and the layer that reads it."""
+        raise NotImplementedError
+
+    def _begin(self, hidden_states: Tensor) -> Tensor:
+        """What the first layer makes of the normalised hidden states."""
+        norm, linear = self.first()
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None and ahead[0] is hidden_states:
+            return linear.forward_quantized(ahead[1], hidden_states.shape[:-1], hidden_states.dtype)
+        return _norm_linear(norm, linear, hidden_states)[0]
+
+    def _end(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + x, and its norm handed on to the block that comes next."""
+        index = self.self_attn.layer_idx + 1
+        if index < len(self.chain):
+            norm, linear = self.chain[index].first()
+            reader = _reader(linear, x, norm.weight)
+            if reader is not None:
+                records, h = _norm_quantize(norm, reader, x, residual)
+                self.chain[index].ahead = h, records
+                return h
+        return residual + x
 
 
 class _FusedGated(_Fused):
@@ -95,10 +133,13 @@ class _FusedGated(_Fused):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """As the block's own: [B, T, K] → [B, T, K]."""
-        qkv, residual = _norm_linear(self.input_layernorm, self.self_attn.qkv_proj, hidden_states)
+        qkv = self._begin(hidden_states)
         attended, _ = self.self_attn(hidden_states=qkv, attention_mask=attention_mask, **options)
-        gate_up, residual = _norm_linear(self.post_attention_layernorm, self.mlp.gate_up_proj, attended, residual)
-        return residual + _gated(self.mlp, gate_up)
+        gate_up, h = _norm_linear(self.post_attention_layernorm, self.mlp.gate_up_proj, attended, hidden_states)
+        return self._end(h, _gated(self.mlp, gate_up))
+
+    def first(self) -> tuple[nn.Module, nn.Module]:
+        return self.input_layernorm, self.self_attn.qkv_proj
 
 
 class _FusedOPT(_Fused):
@@ -116,12 +157,15 @@ class _FusedOPT(_Fused):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False, **options: Any
     ) -> Tensor:
         """As the block's own: [B, T, K] → [B, T, K]."""
-        qkv, residual = _norm_linear(self.self_attn_layer_norm, self.self_attn.qkv_proj, hidden_states)
+        qkv = self._begin(hidden_states)
         attended, _ = self.self_attn(hidden_states=qkv, attention_mask=attention_mask, **options)
         attended = F.dropout(attended, p=self.dropout, training=self.training)
-        up, residual = _norm_linear(self.final_layer_norm, self.fc1, attended, residual)
+        up, h = _norm_linear(self.final_layer_norm, self.fc1, attended, hidden_states)
         down = _activated(self.activation_fn, self.fc2, up)
-        return residual + F.dropout(down, p=self.dropout, training=self.training)
+        return self._end(h, F.dropout(down, p=self.dropout, training=self.training))
+
+    def first(self) -> tuple[nn.Module, nn.Module]:
+        return self.self_attn_layer_norm, self.self_attn.qkv_proj
 
 
 _KINDS: dict[str, type[_Fused]] = {
@@ -152,14 +196,21 @@ def _norm_linear(
     if reader is None:
         h = x if residual is None else residual + x
         return linear(norm(h)), h
+    records, h = _norm_quantize(norm, reader, x, residual)
+    return linear.forward_quantized(records, x.shape[:-1], x.dtype), h
+
+
+def _norm_quantize(
+    norm: nn.Module, reader: activations.Reader, x: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Records of `norm(h)`, and h = residual + x, or x alone."""
     rows = x.reshape(-1, x.shape[-1])
     residual = None if residual is None else residual.reshape(rows.shape)
     if isinstance(norm, nn.LayerNorm):
-        quantized = activations.layer_norm_quantize(rows, norm.weight, norm.bias, norm.eps, reader, residual)
+        records, h = activations.layer_norm_quantize(rows, norm.weight, norm.bias, norm.eps, reader, residual)
     else:
-        quantized = activations.rms_norm_quantize(rows, norm.weight, norm.variance_epsilon, reader, residual)
-    records, h = quantized
-    return linear.forward_quantized(records, x.shape[:-1], x.dtype), h.view(x.shape)
+        records, h = activations.rms_norm_quantize(rows, norm.weight, norm.variance_epsilon, reader, residual)
+    return records, h.view(x.shape)
 
 
 def _gated(mlp: Any, gate_up: Tensor) -> Tensor:

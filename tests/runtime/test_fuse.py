@@ -114,6 +114,38 @@ def test_the_state_dict_is_the_unfused_models(architecture, tmp_path):
 
 
 @architectures
+def test_blocks_hand_their_sum_on_quantised(architecture, monkeypatch):
+    """One norm a block is quantised where the block before ends, the first block's and the MLPs' where they are."""
+    model = fused(quantised(architecture))
+    residuals = []
+    quantize = fuse._norm_quantize
+
+    def counted(norm, reader, x, residual=None):
+        residuals.append(residual is not None)
+        return quantize(norm, reader, x, residual)
+
+    monkeypatch.setattr(fuse, "_norm_quantize", counted)
+    first = logits(model)
+    assert residuals == [False, True, True, True]
+    assert torch.equal(logits(model), first)
+
+
+def test_hidden_states_that_a_hook_changes_are_normalised_anew():
+    model = quantised("llama")
+    made = fused(model)
+    for each in (model, made):
+        each.model.layers[0].register_forward_hook(lambda module, given, out: out * 2)
+    assert torch.equal(logits(made), logits(model))
+
+
+def test_fewer_blocks_can_be_run():
+    model = quantised("llama")
+    made = fused(model)
+    model.config.num_hidden_layers = made.config.num_hidden_layers = 1
+    assert torch.equal(logits(made), logits(model))
+
+
+@architectures
 def test_it_compiles_without_a_graph_break(architecture):
     model = fused(quantised(architecture))
     ids = torch.randint(3, 96, (1, 6))
