@@ -119,14 +119,14 @@ def _kernel(backend: str, tokens: int, features: int, outputs: int, device: torc
         raise ValueError(f"backend is {backend!r}; accepted for records: {', '.join(BACKENDS)}")
     if backend != "auto":
         return backend
-    return cuda.backend_for(int(tokens), group_count(features) * cuda.GROUP_SIZE, outputs, device)
+    return cuda.backend_for(int(tokens), int(group_count(features) * cuda.GROUP_SIZE), int(outputs), device)
 
 
 def _records_shape(tokens, features, device, activation_bits, backend, outputs, group_size) -> tuple[int, ...]:
     kernel = _kernel(backend, tokens, features, outputs, device)
     if kernel == "reference":
         return tokens, group_count(features, group_size) * (group_size + 4)
-    return (cuda.record_bytes(int(tokens), features, activation_bits, kernel, device),)
+    return (cuda.record_bytes(int(tokens), int(features), int(activation_bits), kernel, device),)
 
 
 def _empty_records(x: Tensor, *reader) -> Tensor:
