@@ -71,8 +71,8 @@ SIX_BIT_BOUND = 0.5
 """Relative difference of the prompt's logits, ‖a - b‖ / ‖b‖, up to which a method may be timed. They tell a wrong product, which
 leaves logits unrelated (about 1.4) or zero (1), from a rounded one; what rounding costs is 02_accuracy's question."""
 
-ATTENTIONS = ("sdpa", "eager", "flex_attention")
-"""Of transformers' implementations those that work with a static cache."""
+ATTENTIONS = ("sdpa", "eager")
+"""Of transformers' implementations those that can be captured: torch's fused attention, and products that torch may compile."""
 
 EAGER_TOKENS = 64
 """Of an output, that the eager model writes as well, to be compared."""
@@ -304,6 +304,7 @@ class EndToEndStudy:
         except torch.OutOfMemoryError as error:
             raise Skipped(f"it does not fit this GPU: {str(error).splitlines()[0]}") from None
         finally:
+            torch.compiler.reset()  # compiled code keeps its model
             _free()
 
     def _timed(self, model: nn.Module, method: str) -> dict[str, Measurement]:
