@@ -18,13 +18,15 @@ from torch import Tensor
 
 from flexq_core.quant.spec import ACTIVATION_BITS, GROUP_SIZE, group_count, require_bits
 from flexq_core.runtime import auto, build
-from flexq_core.runtime.chunks import CHUNK_BYTES, CHUNK_ROWS, unpack_chunks
 
 ORDERS = {"imma": 0, "bmma": 1, "wgmma": 2}
 """Backend → the order of bits that its kernel reads (`Order` in layout.cuh). Weights of `imma` and `wgmma` are the same."""
 
 BACKENDS = ("auto", *ORDERS)
 """What repacked weights may be for: a kernel, or those that `auto` chooses from."""
+
+CHUNK_ROWS, CHUNK_BYTES = 32, 32 * GROUP_SIZE * 6 // 8 + 32 * 2
+"""Outputs of a chunk of repacked weights, and its bytes: codes of one group, then float16 scales."""
 
 MOST_NORM_FEATURES = 16384
 """That a block keeps in registers (norm_quantize.cu)."""
@@ -65,11 +67,6 @@ def repack(weight: Tensor, weight_scale: Tensor, backend: str) -> Tensor:
                 weight.data_ptr(), weight_scale.data_ptr(), chunks.data_ptr(), outputs, groups, order, stream
             )
     return chunks
-
-
-def unpack(chunks: Tensor, outputs: int, backend: str) -> tuple[Tensor, Tensor]:
-    """What `repack` was given for this backend, bit for bit: weight [outputs, G * 96] uint8 and weight_scale [outputs, G]."""
-    return unpack_chunks(chunks, outputs, planes=backend == "bmma")
 
 
 def quantize_activation(x: Tensor, activation_bits: int, backend: str, out: Tensor | None = None) -> Tensor:

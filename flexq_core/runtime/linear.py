@@ -13,6 +13,7 @@ from flexq_core.quant.plan import LayerPrecision
 from flexq_core.quant.quantize import quantize_weight
 from flexq_core.quant.spec import GROUP_SIZE, group_count
 from flexq_core.runtime import activations, cuda, ops
+from flexq_core.runtime.chunks import unpack_chunks
 
 
 class FlexQLinear(nn.Module):
@@ -135,8 +136,7 @@ class FlexQLinear(nn.Module):
                 return ops.w6ax_linear_repacked(x, chunks, self.weight_exponent, self.bias, bits, backend)
         return ops.w6ax_linear(
             x,
-            self.weight,
-            self.weight_scale,
+            *self.canonical(),
             self.weight_exponent,
             self.bias,
             self.precision.weight_bits,
@@ -148,9 +148,10 @@ class FlexQLinear(nn.Module):
     def reader(self) -> activations.Reader | None:
         """For whom to quantise activations ahead (runtime/activations.py); None where the backend quantises for itself."""
         backend = self.prepare()[0]
-        if backend not in activations.BACKENDS:
+        if backend not in activations.BACKENDS or (backend in cuda.BACKENDS and self.chunks is None):
             return None
-        return activations.Reader(self.precision.activation_bits, backend, self.out_features, self.group_size)
+        outputs = len(self.weight_exponent)
+        return activations.Reader(self.precision.activation_bits, backend, outputs, self.group_size)
 
     def forward_quantized(self, records: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The product with activations [*shape, in_features] quantised ahead for `reader()`: [*shape, out_features] in dtype."""
@@ -158,7 +159,7 @@ class FlexQLinear(nn.Module):
         weight, scale = (self.weight, self.weight_scale) if chunks is None else (chunks, None)
         operands = (weight, scale, self.weight_exponent, self.bias, self.precision.weight_bits, dtype)
         y = activations.w6ax_linear_quantized(records, math.prod(shape), *operands, self.reader())
-        return y.view(*shape, self.out_features)
+        return y.view(*shape, y.shape[-1])
 
     def prepare(self) -> tuple[str, Tensor | None]:
         """Repack the weights for the CUDA kernel that this layer runs on, once; what a first call would do.
@@ -171,18 +172,17 @@ class FlexQLinear(nn.Module):
             self._restore()
             bits, device = self.precision.weight_bits, self.weight.device
             backend = ops.resolve_backend(self.backend, device, bits, self.group_size)
-            if backend in cuda.BACKENDS:
-                self.chunks = cuda.repack(self.weight, self.weight_scale, backend)
-                for parameter in (self.weight, self.weight_scale):
-                    parameter.data = parameter.new_empty(self.out_features, 0)
-            self._prepared = self.backend, backend
+            chunks = cuda.repack(self.weight, self.weight_scale, backend) if backend in cuda.BACKENDS else None
+            self._prepared, self.chunks = (self.backend, backend), chunks
+            for parameter in (self.weight, self.weight_scale) if chunks is not None else ():
+                parameter.data = parameter.new_empty(len(parameter), 0)
         return self._prepared[1], self.chunks
 
     def canonical(self) -> tuple[Tensor, Tensor]:
         """`weight` and `weight_scale` as they are stored, whatever this layer keeps; unpacked anew where it keeps chunks."""
         if self.chunks is None:
             return self.weight, self.weight_scale
-        return cuda.unpack(self.chunks, self.out_features, self._prepared[1])
+        return unpack_chunks(self.chunks, len(self.weight_exponent), planes=self._prepared[1] == "bmma")
 
     def _restore(self) -> None:
         """Undo `prepare`."""

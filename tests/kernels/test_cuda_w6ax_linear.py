@@ -8,6 +8,7 @@ import torch
 
 from flexq_core.quant import LayerPrecision, pack_codes, quantize_weight
 from flexq_core.runtime import build, cuda, ops
+from flexq_core.runtime.chunks import unpack_chunks
 from flexq_core.runtime.linear import FlexQLinear
 from tests.kernels import exactness
 
@@ -259,7 +260,7 @@ def test_large_layers_agree_with_the_reference(backend, activation_bits, tokens)
 def test_repacked_weights_are_read_back_bit_for_bit(backend, outputs, groups):
     codes = torch.randint(-32, 32, (outputs, groups * 128), dtype=torch.int8)
     packed, scales = pack_codes(codes, 6).cuda(), torch.rand(outputs, groups).half().cuda()
-    found = cuda.unpack(cuda.repack(packed, scales, backend), outputs, backend)
+    found = unpack_chunks(cuda.repack(packed, scales, backend), outputs, planes=backend == "bmma")
     assert torch.equal(found[0], packed) and torch.equal(found[1], scales)
 
 

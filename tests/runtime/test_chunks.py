@@ -6,32 +6,35 @@ import torch
 from torch import nn
 
 from flexq_core.quant import pack_codes, unpack_codes
+from flexq_core.quant.spec import WEIGHT_BITS
 from flexq_core.runtime import cuda, ops
-from flexq_core.runtime.chunks import CHUNK_BYTES, unpack_chunks
+from flexq_core.runtime.chunks import unpack_chunks
 from flexq_core.runtime.linear import FlexQLinear
 
 
-def chunks_by_hand(codes: torch.Tensor, scales: torch.Tensor, planes: bool) -> torch.Tensor:
+def chunks_by_hand(codes: torch.Tensor, scales: torch.Tensor, planes: bool, bits: int = 6) -> torch.Tensor:
     """codes [N, G * 128] int8 and scales [N, G] float16 → chunks, lane by lane and word by word as the kernel fills them."""
     outputs, groups = scales.shape
     count = -(-outputs // 32)
     fields = np.zeros((count * 32, groups, 128), np.int64)
-    fields[:outputs] = codes.numpy().astype(np.int64).reshape(outputs, groups, 128) & 63
+    fields[:outputs] = codes.numpy().astype(np.int64).reshape(outputs, groups, 128) & (1 << bits) - 1
     padded = np.zeros((count * 32, groups), np.float16)
     padded[:outputs] = scales.numpy()
-    chunks = np.zeros((count, groups, CHUNK_BYTES), np.uint8)
+    half_bytes = 16 * 128 * bits // 8
+    chunks = np.zeros((count, groups, 2 * half_bytes + 64), np.uint8)
     for c in range(count):
         for group in range(groups):
             for half in range(2):
                 for lane in range(32):
                     g, q = divmod(lane, 4)
                     rows = [fields[c * 32 + half * 16 + g + 8 * h, group] for h in range(2)]
-                    words = (_planes if planes else _bytes)(rows, q)
+                    words = _planes(rows, q, bits) if planes else _bytes(rows, q)
                     for word, value in enumerate(words):
-                        at = (3 * half + word // 4) * 512 + 16 * lane + 4 * (word % 4)
+                        in_vector = 4 if word // 4 < bits // 2 else 2  # words a lane
+                        at = half * half_bytes + word // 4 * 512 + 4 * in_vector * lane + 4 * (word % 4)
                         chunks[c, group, at : at + 4] = np.frombuffer(np.uint32(value).tobytes(), np.uint8)
             ordered = [padded[c * 32 + g + 8 * h, group] for g in range(8) for h in range(4)]
-            chunks[c, group, 3072:] = np.array(ordered, np.float16).view(np.uint8)
+            chunks[c, group, 2 * half_bytes :] = np.array(ordered, np.float16).view(np.uint8)
     return torch.from_numpy(chunks)
 
 
@@ -47,18 +50,18 @@ def _bytes(rows, q):
     return words
 
 
-def _planes(rows, q):
-    words = [0] * 12
-    for p in range(6):
+def _planes(rows, q, bits):
+    words = [0] * 2 * bits
+    for p in range(bits):
         for h in range(2):
             for k in range(32):
-                words[2 * p + h] |= ((int(rows[h][32 * q + k]) ^ 32) >> p & 1) << k
+                words[2 * p + h] |= ((int(rows[h][32 * q + k]) ^ 1 << bits - 1) >> p & 1) << k
     return words
 
 
-def weights(outputs: int, groups: int):
-    generator = torch.Generator().manual_seed(outputs)
-    codes = torch.randint(-32, 32, (outputs, groups * 128), dtype=torch.int8, generator=generator)
+def weights(outputs: int, groups: int, bits: int = 6):
+    generator, half = torch.Generator().manual_seed(outputs), 1 << bits - 1
+    codes = torch.randint(-half, half, (outputs, groups * 128), dtype=torch.int8, generator=generator)
     return codes, torch.rand(outputs, groups, generator=generator).half()
 
 
@@ -68,6 +71,13 @@ def test_chunks_are_read_back_bit_for_bit(planes, outputs, groups):
     codes, scales = weights(outputs, groups)
     weight, scale = unpack_chunks(chunks_by_hand(codes, scales, planes), outputs, planes=planes)
     assert torch.equal(weight, pack_codes(codes, 6)) and torch.equal(scale, scales)
+
+
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_bit_planes_of_any_width_are_read_back(bits):
+    codes, scales = weights(45, 2, bits)
+    weight, scale = unpack_chunks(chunks_by_hand(codes, scales, True, bits), 45, planes=True)
+    assert torch.equal(weight, pack_codes(codes, bits)) and torch.equal(scale, scales)
 
 
 def test_weights_too_many_for_one_go_are_read_in_parts(monkeypatch):

@@ -6,13 +6,16 @@ import warnings
 import pandas as pd
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from flexq_core.quant.layers import linear_layers
 from flexq_core.quant.plan import LayerPrecision, PlanError, PrecisionPlan
 from flexq_core.runtime.convert import quantize_model, replace_linear_layers
 from flexq_core.runtime.fuse import fuse_
+from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.sources import paper
+from flexq_core.sources.architectures import ARCHITECTURES
 from flexq_core.sources.models import LoadedModel, ModelError
 from flexq_core.studies import e2e
 from flexq_core.studies.e2e import METHODS, EndToEndStudy, claims, linears, plot_latency, plot_memory, plot_step, steps
@@ -316,6 +319,18 @@ def test_kernels_that_overlap_count_once():
 )
 def test_kernels_belong_to_parts_of_a_step_by_name(kernel, part):
     assert steps.part_of(kernel) == part
+
+
+def test_llama_13b_takes_less_than_half_with_its_longest_cache():
+    """Weights and the keys and values of 2048 positions, FP16 over 6 bits; nothing is allocated."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES["llama-13b"].config(), dtype=torch.float16)
+        linear = linear_layers(model)
+        six = sum(FlexQLinear(x.in_features, x.out_features, bias=False).weight_bytes() for x in linear.values())
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    rest = whole - sum(layer.weight.nbytes for layer in linear.values())
+    cache = 2 * 40 * 5120 * 2048 * 2
+    assert (whole + cache) / (rest + six + cache) >= 2.28
 
 
 def test_a_step_reads_all_but_the_embedding():
