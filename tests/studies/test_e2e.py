@@ -365,7 +365,7 @@ def test_the_command_line_measures_keeps_records_and_names_what_is_wrong(tmp_pat
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", CONFIGS)
-@pytest.mark.parametrize("backend", ["auto", "imma", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "bmma"])
 def test_captured_steps_write_the_eager_models_tokens(architecture, backend):
     model = quantize_model(tiny_model(architecture).cuda().half(), "flexq", backend=backend)
     ids = prompt().cuda()
