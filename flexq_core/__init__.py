@@ -19,6 +19,7 @@ _LAZY = {
     "LayerPrecision": "flexq_core.quant.plan",
     "FlexQLinear": "flexq_core.runtime.linear",
     "quantize_model": "flexq_core.runtime.convert",
+    "fuse_": "flexq_core.runtime.fuse",
     "quant": None,
     "runtime": None,
     "sources": None,

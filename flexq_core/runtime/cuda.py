@@ -196,7 +196,7 @@ def _quantize(
     kernels, order = _kernels(x), ORDERS[backend]
     tokens, features = x.shape
     groups, tiles = group_count(features), token_tiles(tokens, backend)
-    size = -(-tokens // (8 * tiles)) * groups * kernels.record_bytes(order, activation_bits, tiles)
+    size = record_bytes(tokens, features, activation_bits, backend, x.device)
     if out is None:
         out = torch.empty(size, dtype=torch.uint8, device=x.device)
     else:
@@ -207,6 +207,13 @@ def _quantize(
         with torch.cuda.device(x.device):
             getattr(kernels, operation)(*addresses, _FLOATS[x.dtype], records, _stream(x))
     return out
+
+
+def record_bytes(tokens: int, features: int, activation_bits: int, backend: str, device: torch.device) -> int:
+    """Bytes of the records of [tokens, features]; nothing is launched."""
+    tiles = token_tiles(tokens, backend)
+    record = build.cuda_kernels(device).record_bytes(ORDERS[backend], activation_bits, tiles)
+    return -(-tokens // (8 * tiles)) * group_count(features) * record
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -57,11 +57,11 @@ def w6ax_linear(
     non-finite x; but the GPU's kernels, which wait for nothing, return NaN for each token that is not finite.
     They also repack the weights in each call: `w6ax_linear_repacked` is for weights that stay.
     """
-    run = _w6ax_linear if _direct(x) else torch.ops.flexq.w6ax_linear
+    run = _w6ax_linear if direct(x) else torch.ops.flexq.w6ax_linear
     return run(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size, backend)
 
 
-def _direct(x: Tensor) -> bool:
+def direct(x: Tensor) -> bool:
     """Whether nobody traces or differentiates, so that torch's dispatcher can be left out.
 
     Going through it takes a tenth of a millisecond once weights have swept its code from the caches, as much as a fifth of
@@ -115,7 +115,7 @@ def w6ax_linear_repacked(
     backend: `imma`, `wgmma` or `bmma`, or `auto` for the faster of the first two, whose weights are the same.
     Returns [..., N] in x's dtype. Raises TypeError or ValueError for what does not fit.
     """
-    run = _w6ax_linear_repacked if _direct(x) else torch.ops.flexq.w6ax_linear_repacked
+    run = _w6ax_linear_repacked if direct(x) else torch.ops.flexq.w6ax_linear_repacked
     return run(x, chunks, weight_exponent, bias, activation_bits, backend)
 
 
@@ -176,17 +176,32 @@ def resolve_backend(
 
 
 def _run_reference(x, packed, bias, weight_bits, activation_bits, group_size) -> Tensor:
-    weight, weight_scale, weight_exponent = packed
     activations = quantize_groups(x, bits=activation_bits, group_size=group_size)
-    qx = activations.codes.unflatten(-1, (-1, group_size)).float()
-    qw = unpack_codes(weight, weight_bits).unflatten(-1, (-1, group_size)).float()
-    y = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
+    return reference_product(activations.codes, activations.scales, *packed, bias, weight_bits).to(x.dtype)
+
+
+def reference_product(
+    codes: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_exponent: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+) -> Tensor:
+    """The definition, group by group, on activations that are quantised: codes [M, Kp] int8 and scales [M, G] float32.
+
+    The rest as for `w6ax_linear`.  Returns [M, N] float32.
+    """
+    qx = codes.unflatten(-1, (scales.shape[1], -1)).float()
+    qw = unpack_codes(weight, weight_bits).unflatten(-1, (scales.shape[1], -1)).float()
+    y = torch.zeros(len(codes), len(weight), dtype=torch.float32, device=codes.device)
     for group in range(weight_scale.shape[1]):
         # Exact in float32: codes have at most 8 bits and a group's sum stays below 2^24.
         inner = qx[:, group] @ qw[:, group].T
-        y += inner * (activations.scales[:, group, None] * weight_scale[:, group].float())
+        y += inner * (scales[:, group, None] * weight_scale[:, group].float())
     y = torch.ldexp(y, weight_exponent.int())
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    return y if bias is None else y + bias.float()
 
 
 def _run_simulate(x, packed, bias, weight_bits, activation_bits, group_size) -> Tensor:

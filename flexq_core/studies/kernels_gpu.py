@@ -192,7 +192,7 @@ class _FlexQ:
 
     def definition(self, x: Tensor) -> Tensor:
         layer = self._layer
-        packed = (layer.weight, layer.weight_scale, layer.weight_exponent)
+        packed = (*layer.canonical(), layer.weight_exponent)
         bits = layer.precision.weight_bits
         return ops.w6ax_linear(x, *packed, None, bits, self._bits, layer.group_size, "reference")
 

@@ -8,6 +8,7 @@ import torch
 
 from flexq_core.quant import LayerPrecision, pack_codes, quantize_weight
 from flexq_core.runtime import build, cuda, ops
+from flexq_core.runtime.chunks import unpack_chunks
 from flexq_core.runtime.linear import FlexQLinear
 from tests.kernels import exactness
 
@@ -269,8 +270,9 @@ def test_the_layer_agrees_with_the_reference_and_with_the_canonical_op(backend, 
     precision = LayerPrecision(6, activation_bits)
     layer = FlexQLinear.from_linear(torch.nn.Linear(1030, 333), precision=precision, backend=backend).cuda()
     x = torch.randn(2, 9, 1030, device="cuda")
-    operands = (layer.weight, layer.weight_scale, layer.weight_exponent, layer.bias, 6, activation_bits, 128)
-    y, expected = layer(x), ops.w6ax_linear(x, *operands, "reference")
+    y = layer(x)
+    operands = (*layer.canonical(), layer.weight_exponent, layer.bias, 6, activation_bits, 128)
+    expected = ops.w6ax_linear(x, *operands, "reference")
     assert torch.equal(y, ops.w6ax_linear(x, *operands, backend))
     assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -299,6 +301,29 @@ def test_large_layers_agree_with_the_reference(backend, activation_bits, tokens)
     layer.backend = "reference"
     expected = layer(x)
     assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@gpu
+@both
+@pytest.mark.parametrize(("outputs", "groups"), [(1, 1), (32, 3), (45, 2), (257, 40)])
+def test_repacked_weights_are_read_back_bit_for_bit(backend, outputs, groups):
+    codes = torch.randint(-32, 32, (outputs, groups * 128), dtype=torch.int8)
+    packed, scales = pack_codes(codes, 6).cuda(), torch.rand(outputs, groups).half().cuda()
+    found = unpack_chunks(cuda.repack(packed, scales, backend), outputs, planes=backend == "bmma")
+    assert torch.equal(found[0], packed) and torch.equal(found[1], scales)
+
+
+@gpu
+@both
+def test_a_gpu_holds_weights_once_and_the_state_dict_is_canonical(backend):
+    layer = FlexQLinear.from_linear(torch.nn.Linear(1024, 512, bias=False), backend=backend)
+    stored = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.cuda().prepare()
+    held = sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
+    assert held == layer.weight_bytes() == 512 * (1024 * 6 // 8 + 8 * 2 + 1)
+    found = layer.state_dict()
+    assert list(found) == list(stored)
+    assert all(torch.equal(found[name].cpu(), stored[name]) for name in stored)
 
 
 @gpu
