@@ -441,6 +441,22 @@ def test_random_weights_need_no_tokenizer_and_layers_are_counted(run):
     assert study.prompt.shape == (1, 8)
 
 
+def test_random_weights_are_checked_on_two_blocks_of_the_models_shapes(run):
+    deep, shallow = (
+        EndToEndStudy(run, **SMALL | {"weights": "random", "layers": layers, "methods": "w6a6"}) for layers in (4, 2)
+    )
+    found = [study.measure("w6a6", "reference")["difference"] for study in (deep, shallow)]
+    assert found[0] == found[1] > 0
+    notes = {
+        record.parameters["layers"]: record.reason
+        for record in read_jsonl(run.records.path)
+        if record.metric == "difference"
+    }
+    assert notes == {4: "of 2 blocks", 2: ""}
+    assert shallow._checked is shallow and deep._checked is not deep
+    assert len(deep.build("w6a6", "reference").model.layers) == 4  # what is timed has them all
+
+
 def test_every_case_is_a_row_a_length_and_its_records(run, tiny, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(PrecisionPlan.from_rule("w6a8", linear_layers(tiny)).to_json().replace('"w6a8"', '"mine"'))
