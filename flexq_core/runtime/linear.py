@@ -12,6 +12,19 @@ from flexq_core.quant.spec import GROUP_SIZE, group_count
 from flexq_core.runtime import cuda, ops
 
 
+def pack_weight(weight: Tensor, bits: int, group_size: int = GROUP_SIZE) -> dict[str, Tensor]:
+    """Quantise a weight [N, K] and pack it: the tensors that a `FlexQLinear` keeps of it, by their names there.
+
+    Raises as `quantize_weight`.
+    """
+    quantized = quantize_weight(weight, bits=bits, group_size=group_size)
+    return {
+        "weight": pack_codes(quantized.codes, bits),
+        "weight_scale": quantized.scales,
+        "weight_exponent": quantized.exponents,
+    }
+
+
 class FlexQLinear(nn.Module):
     """A linear layer with packed 6-bit (or 8-bit) weights and dynamically quantised activations.
 
@@ -21,6 +34,10 @@ class FlexQLinear(nn.Module):
         weight_exponent   [N] int8
         bias              [N] floating point, or None
     """
+
+    _hf_quantized_needs_local_tp = (
+        True  # tensor parallelism of transformers: forward sees this process's part of each parameter
+    )
 
     def __init__(
         self,
@@ -79,11 +96,8 @@ class FlexQLinear(nn.Module):
             device=linear.weight.device,
         )
         with torch.no_grad():
-            bits = layer.precision.weight_bits
-            quantized = quantize_weight(linear.weight, bits=bits, group_size=group_size)
-            layer.weight.copy_(pack_codes(quantized.codes, bits))
-            layer.weight_scale.copy_(quantized.scales)
-            layer.weight_exponent.copy_(quantized.exponents)
+            for name, tensor in pack_weight(linear.weight, layer.precision.weight_bits, group_size).items():
+                getattr(layer, name).copy_(tensor)
             if linear.bias is not None:
                 layer.bias.copy_(linear.bias)
         return layer

@@ -1,0 +1,382 @@
+"""From a model's files to a 6-bit checkpoint, file by file: the model itself is never in memory.
+
+A tensor is read, quantised in blocks of rows and let go, so that what is held is the output of one file. Everything is
+written to `<out>.partial`, each file under another name until it is complete, and config.json last; the folder then gets its
+name. Whoever finds `<out>` finds all of it, and a run that was killed goes on with the files it had finished.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from flexq_core.quant.packing import packed_bytes, unpack_codes
+from flexq_core.quant.plan import LayerPrecision, PrecisionPlan
+from flexq_core.quant.quantize import Quantized, dequantize
+from flexq_core.quant.spec import group_count
+from flexq_core.runtime.checkpoint import empty_model, require_tensors, verify_shard
+from flexq_core.runtime.checkpoint_format import (
+    INDEX,
+    METHOD,
+    VERSION,
+    CheckpointError,
+    checksums,
+    headers,
+    metadata,
+    open_shard,
+    read_config,
+    shards,
+)
+from flexq_core.runtime.convert import resolve_plan
+from flexq_core.runtime.linear import pack_weight
+
+_ELEMENTS = 2**22
+"""Of a weight that are quantised at once: float32 copies of them take some 100 MB, whatever the layer's size."""
+
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
+"""Files beside the weights that are copied as they are, unless they are written anew."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `quantize_files` wrote.
+
+    folder: the checkpoint.  sqnr_db: layer → signal-to-noise ratio of its weight, in dB (infinite where nothing was lost).
+    layer_bytes, original_bytes: of the quantised layers' weights, now (with scales) and before.
+    left_out: tensors of the original that its model does not use.
+    """
+
+    folder: Path
+    plan: PrecisionPlan
+    sqnr_db: Mapping[str, float]
+    layer_bytes: int
+    original_bytes: int
+    left_out: tuple[str, ...]
+
+
+def quantize_files(
+    source: Path, out: Path, plan: PrecisionPlan | str | Path = "flexq", *, name: str = "", progress: bool = False
+) -> Written:
+    """Write the 6-bit checkpoint of the model in `source` to the folder `out`.
+
+    source: a transformers folder with safetensors weights.  out: absent or empty.  plan: as for `quantize_model`.
+    name: of the model, for the card.  progress: show a bar, one step a tensor.
+    Raises CheckpointError for a source that is incomplete, pickled, quantised or no causal language model, for an `out` that
+    is taken, and where the disk is full; PlanError for a plan that does not fit; ValueError for a weight that is not
+    finite (names the layer). What was finished before is kept in `<out>.partial` for the next run.
+    """
+    source, out = source.resolve(), out.absolute()
+    _require_free(out)
+    config = read_config(source)
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise CheckpointError(f"{source} is quantised already (quant_method {method!r}): start from the original")
+    model = empty_model(source)
+    plan = resolve_plan(plan, model)
+    work = _Work.of(source, model, plan)
+    partial = out.with_name(f"{out.name}.partial")
+    with _locked(partial), _clear_when_full(partial):
+        finished = {file: saved for file in work.files if (saved := work.finished(file, partial)) is not None}
+        _discard(partial, keep={file.name for file in finished})
+        _require_space(partial, sum(work.bytes_of(file) for file in work.files if file not in finished))
+        bar = tqdm(total=len(work.tensors), desc="quantise", unit="tensor", disable=not progress)
+        with bar:
+            for file in work.files:
+                if file in finished:
+                    bar.update(len(work.names_in(file)))
+                else:
+                    finished[file] = work.write(file, partial, bar)
+        sqnr_db = {layer: value for saved in finished.values() for layer, value in saved["sqnr_db"].items()}
+        written = Written(
+            out,
+            plan,
+            {layer: math.inf if sqnr_db[layer] is None else sqnr_db[layer] for layer in plan.layers},
+            sum(work.bytes_of(file, layers_only=True) for file in work.files),
+            sum(math.prod(model.get_submodule(layer).weight.shape) * work.width(layer) for layer in plan.layers),
+            work.left_out,
+        )
+        _write_others(source, partial, work, written, name or source.name, config)
+        _sync(partial)
+        os.replace(partial, out)
+        _sync(out.parent)
+    return written
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done.
+
+    model: without weights.  tensors: the model's name of a tensor → (its file, its name there, shape, type).
+    left_out: tensors of the files that the model has no place for.
+    """
+
+    model: nn.Module
+    plan: PrecisionPlan
+    tensors: Mapping[str, tuple[Path, str, list[int], str]]
+    left_out: tuple[str, ...]
+
+    @classmethod
+    def of(cls, source: Path, model: nn.Module, plan: PrecisionPlan) -> _Work:
+        """Read the files' headers; CheckpointError where a tensor is missing or has another shape than the model's."""
+        places = set(model.state_dict())
+        tensors, left_out = {}, []
+        for file in shards(source):
+            for stored, shape, dtype in headers(file):
+                # Files of a model's base leave its prefix out; a few add one.
+                names = (
+                    stored,
+                    f"{model.base_model_prefix}.{stored}",
+                    stored.removeprefix(f"{model.base_model_prefix}."),
+                )
+                name = next((name for name in names if name in places), None)
+                if name is None:
+                    left_out.append(stored)
+                else:
+                    tensors[name] = file, stored, shape, dtype
+        require_tensors(model, {name: (file, shape, dtype) for name, (file, _, shape, dtype) in tensors.items()})
+        return cls(model, plan, tensors, tuple(left_out))
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors of the model, in order."""
+        return sorted({file for file, *_ in self.tensors.values()})
+
+    def names_in(self, file: Path) -> list[str]:
+        return [name for name, (home, *_) in self.tensors.items() if home == file]
+
+    def precision(self, name: str) -> LayerPrecision | None:
+        """Of the layer whose weight this tensor is; None for what is copied."""
+        layer, _, leaf = name.rpartition(".")
+        return self.plan.layers.get(layer) if leaf == "weight" else None
+
+    def width(self, layer: str) -> int:
+        """Bytes of an element of this layer's original weight."""
+        return _width(self.tensors[f"{layer}.weight"][3])
+
+    def bytes_of(self, file: Path, *, layers_only: bool = False) -> int:
+        """Of what a file becomes, without its header; `layers_only` counts quantised weights alone."""
+        total = 0
+        for name in self.names_in(file):
+            _, _, shape, dtype = self.tensors[name]
+            if bits := self.precision(name):
+                groups = group_count(shape[1], self.plan.group_size)
+                total += shape[0] * (packed_bytes(groups * self.plan.group_size, bits.weight_bits) + 2 * groups + 1)
+            elif not layers_only:
+                total += math.prod(shape) * _width(dtype)
+        return total
+
+    def inputs(self, file: Path) -> dict[str, str]:
+        """What decides the bytes of the file that this one becomes."""
+        with file.open("rb") as stream:
+            return {
+                "file": hashlib.file_digest(stream, "sha256").hexdigest(),
+                "plan": hashlib.sha256(self.plan.to_json().encode()).hexdigest(),
+            }
+
+    def finished(self, file: Path, partial: Path) -> dict[str, Any] | None:
+        """What an earlier run wrote about this file, if it made all of it from the same inputs, else None."""
+        try:
+            saved = verify_shard(partial / file.name)
+            same = saved.get("inputs") == self.inputs(file) and saved.get("version") == VERSION
+            return saved if same else None
+        except CheckpointError:
+            return None
+
+    def write(self, file: Path, partial: Path, bar: tqdm) -> dict[str, Any]:
+        """Quantise one file; returns what its header says."""
+        tensors: dict[str, Tensor] = {}
+        sqnr_db: dict[str, float | None] = {}
+        inputs = self.inputs(file)
+        for name in self.names_in(file):
+            with open_shard(file) as shard:  # anew for each tensor, so that pages of the file do not stay in memory
+                tensor = shard.get_tensor(self.tensors[name][1])
+            bits, layer = self.precision(name), name.removesuffix(".weight")
+            if bits is None:
+                tensors[name] = tensor
+            else:
+                try:
+                    packed, noise = _quantize(tensor, bits.weight_bits, self.plan.group_size)
+                except ValueError as error:
+                    raise ValueError(f"layer {layer!r}: {error}") from error
+                tensors |= {f"{layer}.{part}": value for part, value in packed.items()}
+                sqnr_db[layer] = noise
+            del tensor
+            bar.update()
+        saved = {"version": VERSION, "inputs": inputs, "sqnr_db": sqnr_db}
+        sha256 = checksums(tensors)
+        unfinished = partial / f"{file.name}.tmp"
+        save_file(tensors, unfinished, metadata={"format": "pt", **metadata(sha256, **saved)})
+        unfinished.chmod(_file_mode())
+        _sync(unfinished)
+        os.replace(unfinished, partial / file.name)
+        return {"sha256": sha256, **saved}
+
+
+def _width(dtype: str) -> int:
+    """Bytes of an element of a safetensors type: BF16 → 2."""
+    bits = "".join(filter(str.isdigit, dtype.partition("_")[0]))
+    return int(bits or 8) // 8
+
+
+def _quantize(weight: Tensor, bits: int, group_size: int) -> tuple[dict[str, Tensor], float | None]:
+    """A weight's packed tensors, and its SQNR in dB (None where nothing was lost); block by block of rows."""
+    rows = max(1, _ELEMENTS // weight.shape[1])
+    blocks, signal, noise = [], 0.0, 0.0
+    for first in range(0, len(weight), rows):
+        block = weight[first : first + rows]
+        try:
+            packed = pack_weight(block, bits, group_size)
+        except ValueError as error:
+            raise ValueError(f"rows from {first}: {error}") from error
+        codes = unpack_codes(packed["weight"], bits)
+        scale, exponent = packed["weight_scale"], packed["weight_exponent"]
+        restored = dequantize(Quantized(codes, scale, bits, group_size, weight.shape[1], exponent))
+        signal += block.float().square().sum(dtype=torch.float64).item()
+        noise += (block.float() - restored).square().sum(dtype=torch.float64).item()
+        blocks.append(packed)
+    sqnr_db = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
+    return {part: torch.cat([block[part] for block in blocks]) for part in blocks[0]}, sqnr_db
+
+
+def _write_others(
+    source: Path, partial: Path, work: _Work, written: Written, name: str, config: dict[str, Any]
+) -> None:
+    """Everything but the weights; config.json, without which nothing loads, last."""
+    anew = {"config.json", "README.md"}
+    for file in {file for pattern in COPIED for file in source.glob(pattern)}:
+        if file.is_file() and file.name not in anew and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, partial / file.name)
+    if (source / INDEX).is_file():
+        weight_map = {tensor: file.name for file in work.files for tensor, _, _ in headers(partial / file.name)}
+        size = sum(work.bytes_of(file) for file in work.files)
+        _write_json(partial / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+    (partial / "README.md").write_text(_card(name, written), encoding="utf-8")
+    quantization = {"quant_method": METHOD, "format_version": VERSION, "plan": work.plan.to_dict()}
+    _write_json(partial / "config.json", {**config, "quantization_config": quantization})
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    unfinished = file.with_name(f"{file.name}.tmp")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _sync(unfinished)
+    os.replace(unfinished, file)
+
+
+def _card(name: str, written: Written) -> str:
+    """The model card: how it was made, how to load it, and what each layer lost."""
+    rows = "\n".join(
+        f"| {layer} | {bits} | {written.sqnr_db[layer]:.1f} |" for layer, bits in written.plan.layers.items()
+    )
+    return f"""---
+library_name: transformers
+tags:
+- flexq
+- 6-bit
+---
+
+# {name}, 6-bit
+
+The linear layers of {name}, quantised by plan `{written.plan.name}` (FlexQ, arXiv 2508.04405): their weights, in groups of
+{written.plan.group_size}, take {written.layer_bytes / 2**20:.1f} MiB with their scales, before {written.original_bytes / 2**20:.1f}.
+Everything else is the original's.
+
+```python
+import flexq_core
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("folder")
+model = flexq_core.load("folder")  # checks every tensor's sha256 first
+```
+
+Signal-to-quantisation-noise ratio of each layer's weight, measured when it was quantised:
+
+| layer | precision | SQNR (dB) |
+|:--|:--|--:|
+{rows}
+"""
+
+
+def _require_free(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()):
+        raise CheckpointError(f"{out} is not empty: give another folder, or delete it first")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; accepted: a folder that is absent or empty")
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Make the folder and hold it against another run."""
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make the folder {partial}: {error.strerror}") from error
+    folder = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise CheckpointError(f"another run is writing {partial}: wait for it, or give another folder") from None
+    finally:
+        os.close(folder)
+
+
+def _discard(partial: Path, keep: set[str]) -> None:
+    """Delete what an earlier run left, but for the files that are finished."""
+    for path in partial.iterdir():
+        if path.is_dir():
+            raise CheckpointError(f"{partial} holds a folder, {path.name}, that no run has made: move it away")
+        if path.name not in keep:
+            path.unlink()
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"the disk of {folder} has {free / 2**30:.2f} GiB free, and {needed / 2**30:.2f} GiB are to be written: make room, "
+            "or give a folder elsewhere"
+        )
+
+
+@contextmanager
+def _clear_when_full(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+            raise
+        raise CheckpointError(
+            f"the disk of {partial} is full: make room and run the same command again; finished files are kept"
+        ) from error
+
+
+def _file_mode() -> int:
+    """Of a file that is written here in the ordinary way; safetensors makes its files private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def _sync(path: Path) -> None:
+    """Wait until what was written is on the disk, so that a name never comes before its content."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
