@@ -132,6 +132,8 @@ class FlexQLinear(nn.Module):
             bits, device = self.precision.weight_bits, self.weight.device
             backend = ops.resolve_backend(self.backend, device, bits, self.group_size)
             chunks = cuda.repack(self.weight, self.weight_scale, backend) if backend in cuda.BACKENDS else None
+            if getattr(getattr(self, "_hf_hook", None), "offload", False):
+                return backend, chunks  # accelerate takes the weights away again after each call, and so the memory
             self._repacked = self.backend, backend, chunks
         return self._repacked[1:]
 

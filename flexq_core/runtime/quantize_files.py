@@ -283,6 +283,7 @@ def _card(name: str, written: Written) -> str:
     rows = "\n".join(
         f"| {layer} | {bits} | {written.sqnr_db[layer]:.1f} |" for layer, bits in written.plan.layers.items()
     )
+    now_mib, before_mib = written.layer_bytes / 2**20, written.original_bytes / 2**20
     return f"""---
 library_name: transformers
 tags:
@@ -293,8 +294,7 @@ tags:
 # {name}, 6-bit
 
 The linear layers of {name}, quantised by plan `{written.plan.name}` (FlexQ, arXiv 2508.04405): their weights, in groups of
-{written.plan.group_size}, take {written.layer_bytes / 2**20:.1f} MiB with their scales, before {written.original_bytes / 2**20:.1f}.
-Everything else is the original's.
+{written.plan.group_size}, take {now_mib:.1f} MiB with their scales, before {before_mib:.1f}. Everything else is the original's.
 
 ```python
 import flexq_core
