@@ -25,10 +25,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flexq_core.quant.plan import PrecisionPlan
+from flexq_core.quant.quantize import quantize_weight
 from flexq_core.quant.spec import group_count
 from flexq_core.runtime.checkpoint_format import METHOD, VERSION, checksums, metadata, require_version
 from flexq_core.runtime.convert import empty_layers_in_place, resolve_plan
-from flexq_core.runtime.linear import FlexQLinear, pack_weight
+from flexq_core.runtime.linear import FlexQLinear, packed_parameters
 
 
 @register_quantization_config(METHOD)
@@ -108,8 +109,9 @@ class _QuantizeWeight(ConversionOps):
         if isinstance(weight, list):
             (weight,) = weight
         layer = model.get_submodule(full_layer_name.rpartition(".")[0])
-        packed = pack_weight(weight, layer.precision.weight_bits, layer.group_size)
-        return {full_layer_name.removesuffix("weight") + name: tensor for name, tensor in packed.items()}
+        quantized = quantize_weight(weight, bits=layer.precision.weight_bits, group_size=layer.group_size)
+        prefix = full_layer_name.removesuffix("weight")
+        return {prefix + name: tensor for name, tensor in packed_parameters(quantized).items()}
 
 
 def make_savable(model: nn.Module, plan: PrecisionPlan) -> None:

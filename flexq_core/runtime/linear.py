@@ -7,19 +7,15 @@ from torch import Tensor, nn
 
 from flexq_core.quant.packing import pack_codes, packed_bytes
 from flexq_core.quant.plan import LayerPrecision
-from flexq_core.quant.quantize import quantize_weight
+from flexq_core.quant.quantize import Quantized, quantize_weight
 from flexq_core.quant.spec import GROUP_SIZE, group_count
 from flexq_core.runtime import cuda, ops
 
 
-def pack_weight(weight: Tensor, bits: int, group_size: int = GROUP_SIZE) -> dict[str, Tensor]:
-    """Quantise a weight [N, K] and pack it: the tensors that a `FlexQLinear` keeps of it, by their names there.
-
-    Raises as `quantize_weight`.
-    """
-    quantized = quantize_weight(weight, bits=bits, group_size=group_size)
+def packed_parameters(quantized: Quantized) -> dict[str, Tensor]:
+    """What a `FlexQLinear` keeps of a quantised weight, by the names of its parameters."""
     return {
-        "weight": pack_codes(quantized.codes, bits),
+        "weight": pack_codes(quantized.codes, quantized.bits),
         "weight_scale": quantized.scales,
         "weight_exponent": quantized.exponents,
     }
@@ -96,7 +92,8 @@ class FlexQLinear(nn.Module):
             device=linear.weight.device,
         )
         with torch.no_grad():
-            for name, tensor in pack_weight(linear.weight, layer.precision.weight_bits, group_size).items():
+            quantized = quantize_weight(linear.weight, bits=layer.precision.weight_bits, group_size=group_size)
+            for name, tensor in packed_parameters(quantized).items():
                 getattr(layer, name).copy_(tensor)
             if linear.bias is not None:
                 layer.bias.copy_(linear.bias)

@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from flexq_core.quant.packing import packed_bytes, unpack_codes
+from flexq_core.quant.packing import packed_bytes
 from flexq_core.quant.plan import LayerPrecision, PrecisionPlan
-from flexq_core.quant.quantize import Quantized, dequantize
+from flexq_core.quant.quantize import dequantize, quantize_weight
 from flexq_core.quant.spec import group_count
 from flexq_core.runtime.checkpoint import empty_model, require_tensors, verify_shard
 from flexq_core.runtime.checkpoint_format import (
@@ -44,7 +44,7 @@ from flexq_core.runtime.checkpoint_format import (
     shards,
 )
 from flexq_core.runtime.convert import resolve_plan
-from flexq_core.runtime.linear import pack_weight
+from flexq_core.runtime.linear import packed_parameters
 
 _ELEMENTS = 2**22
 """Of a weight that are quantised at once: float32 copies of them take some 100 MB, whatever the layer's size."""
@@ -241,15 +241,13 @@ def _quantize(weight: Tensor, bits: int, group_size: int) -> tuple[dict[str, Ten
     for first in range(0, len(weight), rows):
         block = weight[first : first + rows]
         try:
-            packed = pack_weight(block, bits, group_size)
+            quantized = quantize_weight(block, bits=bits, group_size=group_size)
         except ValueError as error:
             raise ValueError(f"rows from {first}: {error}") from error
-        codes = unpack_codes(packed["weight"], bits)
-        scale, exponent = packed["weight_scale"], packed["weight_exponent"]
-        restored = dequantize(Quantized(codes, scale, bits, group_size, weight.shape[1], exponent))
-        signal += block.float().square().sum(dtype=torch.float64).item()
-        noise += (block.float() - restored).square().sum(dtype=torch.float64).item()
-        blocks.append(packed)
+        block = block.float()
+        signal += torch.linalg.vector_norm(block).item() ** 2
+        noise += torch.linalg.vector_norm(block - dequantize(quantized)).item() ** 2
+        blocks.append(packed_parameters(quantized))
     sqnr_db = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
     return {part: torch.cat([block[part] for block in blocks]) for part in blocks[0]}, sqnr_db
 

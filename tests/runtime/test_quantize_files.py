@@ -141,8 +141,10 @@ def test_stopped_at_any_rename_there_is_all_or_nothing_and_a_rerun_goes_on(sourc
     replace, out = os.replace, tmp_path / "out"
     files = len(list(source.glob("*.safetensors")))
     quantised = []
-    pack = module.pack_weight
-    monkeypatch.setattr(module, "pack_weight", lambda *arguments: quantised.append(0) or pack(*arguments))
+    quantize = module.quantize_weight
+    monkeypatch.setattr(
+        module, "quantize_weight", lambda *given, **more: quantised.append(0) or quantize(*given, **more)
+    )
     # First at each file of weights, of which every run finishes one more where it stops after the rename; then, all of
     # them finished, at the index, at config.json and at the folder.
     for stop in [0] * files + [0, 1, 2]:
