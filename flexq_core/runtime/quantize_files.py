@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -332,6 +332,8 @@ def _locked(partial: Path) -> Iterator[None]:
         raise CheckpointError(f"another run is writing {partial}: wait for it, or give another folder") from None
     finally:
         os.close(folder)
+        with suppress(OSError):
+            partial.rmdir()  # where nothing was written
 
 
 def _discard(partial: Path, keep: set[str]) -> None:
@@ -347,8 +349,8 @@ def _require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
-            f"the disk of {folder} has {free / 2**30:.2f} GiB free, and {needed / 2**30:.2f} GiB are to be written: make room, "
-            "or give a folder elsewhere"
+            f"the disk of {folder.parent} has {free / 2**20:.1f} MiB free, and {needed / 2**20:.1f} MiB are to be written: make "
+            "room, or give a folder elsewhere"
         )
 
 

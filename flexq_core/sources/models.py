@@ -82,7 +82,7 @@ def model_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [
-        "*.safetensors",
+        "model*.safetensors",
         "*.json",
         "*.txt",
         "*.model",
@@ -96,7 +96,7 @@ def model_folder(name: str) -> Path:
         folder = Path(snapshot_download(place, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:  # its errors have no common base
         raise ModelError(_explain(name, place, error)) from error
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.glob("model*.safetensors")):
         raise ModelError(
             f"the hub's {place} has no safetensors weights, and pickled ones, which can run code, are not read: convert it "
             "where you trust it (https://huggingface.co/spaces/safetensors/convert) and give the folder"

@@ -87,8 +87,11 @@ def test_a_device_map_and_weights_on_disk_change_nothing(saved, tmp_path):
     offloaded = flexq_core.load(
         saved, dtype=torch.float32, device_map={**places, "model.layers.1": "disk"}, offload_folder=tmp_path
     )
-    assert offloaded.model.layers[1].mlp.up_proj.weight.is_meta
+    layer = offloaded.model.layers[1].mlp.up_proj
+    assert layer.weight.is_meta
     assert torch.equal(logits(offloaded), expected) and torch.equal(logits(offloaded), expected)
+    layer.prepare()
+    assert layer._repacked is None  # what a layer that lives elsewhere repacked for a call is not kept
 
 
 def test_lm_eval_scores_the_folder(saved):
