@@ -96,6 +96,7 @@ def require_tensors(model: nn.Module, tensors: dict[str, tuple[Path, list[int], 
     expected = model.state_dict()
     packed = {name for name, module in model.named_modules() if isinstance(module, FlexQLinear)}
     tied = getattr(model, "all_tied_weights_keys", {})
+    tied = tied | {source: name for name, source in tied.items()}
     if missing := [name for name in expected if name not in tensors and tied.get(name) not in tensors]:
         raise CheckpointError(
             f"{len(missing)} tensors are missing, first {missing[0]!r}: a file was lost or the checkpoint is of another model; "

@@ -41,10 +41,16 @@ class FlexQConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, plan: PrecisionPlan | dict | str | Path = "flexq", format_version: int = VERSION, **_: Any
+        self,
+        plan: PrecisionPlan | dict | str | Path = "flexq",
+        format_version: int = VERSION,
+        quant_method: str = METHOD,
+        **unknown: Any,
     ) -> None:
-        require_version(format_version)
-        self.quant_method = METHOD
+        require_version(format_version)  # before what a newer format may have added
+        if unknown:
+            raise TypeError(f"FlexQConfig has no {', '.join(map(repr, unknown))}; accepted: plan")
+        self.quant_method = quant_method
         self.format_version = format_version
         self.plan = PrecisionPlan.from_dict(plan) if isinstance(plan, dict) else plan
 

@@ -41,6 +41,7 @@ from flexq_core.runtime.checkpoint_format import (
     metadata,
     open_shard,
     read_config,
+    read_metadata,
     shards,
 )
 from flexq_core.runtime.convert import resolve_plan
@@ -337,12 +338,26 @@ def _locked(partial: Path) -> Iterator[None]:
 
 
 def _discard(partial: Path, keep: set[str]) -> None:
-    """Delete what an earlier run left, but for the files that are finished."""
-    for path in partial.iterdir():
-        if path.is_dir():
-            raise CheckpointError(f"{partial} holds a folder, {path.name}, that no run has made: move it away")
-        if path.name not in keep:
-            path.unlink()
+    """Delete what an earlier run left, but for the files that are finished; nothing where anything is not a run's own."""
+    left = [path for path in partial.iterdir() if path.name not in keep]
+    if foreign := [path for path in left if not _is_a_runs_own(path)]:
+        raise CheckpointError(
+            f"{partial} holds {foreign[0].name}, which no run has made: move it away, or give another folder"
+        )
+    for path in left:
+        path.unlink()
+
+
+def _is_a_runs_own(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    if path.suffix == ".safetensors":
+        try:
+            return "inputs" in read_metadata(path)
+        except CheckpointError:
+            return False
+    unfinished = path.suffix == ".tmp" or path.name.startswith(".tmp")  # ours, or safetensors' within a save
+    return unfinished or any(path.match(pattern) for pattern in (*COPIED, "README.md"))
 
 
 def _require_space(folder: Path, needed: int) -> None:

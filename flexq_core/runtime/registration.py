@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
 QUANTIZERS = "transformers.quantizers.auto"
@@ -23,8 +22,8 @@ def register() -> None:
         sys.meta_path.insert(0, _AfterQuantizers())
 
 
-class _AfterQuantizers(MetaPathFinder):
-    """Finds nothing itself: adds the plug-in's import to the end of that of transformers' quantisers, once."""
+class _AfterQuantizers:
+    """A finder that finds nothing itself: it adds the plug-in's import to the end of that of transformers' quantisers, once."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname != QUANTIZERS:

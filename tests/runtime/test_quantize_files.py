@@ -271,9 +271,16 @@ def test_what_cannot_be_written_is_refused(source, tmp_path, monkeypatch):
     assert (taken / "mine.txt").read_text() == "kept"
     with pytest.raises(CheckpointError, match="is a file; accepted: a folder that is absent or empty"):
         quantize_files(source, taken / "mine.txt")
-    (tmp_path / "out.partial" / "photos").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="holds a folder, photos, that no run has made"):
+    mine = tmp_path / "out.partial"
+    (mine / "photos").mkdir(parents=True)
+    (mine / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match="holds photos, which no run has made: move it away"):
         quantize_files(source, tmp_path / "out")
+    (mine / "photos").rmdir()
+    save_file({"a": torch.zeros(1)}, mine / SINGLE_FILE)
+    with pytest.raises(CheckpointError, match=f"holds {SINGLE_FILE}, which no run has made"):
+        quantize_files(source, tmp_path / "out")
+    assert {file.name for file in mine.iterdir()} == {"notes.txt", SINGLE_FILE}
     with module._locked(tmp_path / "busy.partial"), pytest.raises(CheckpointError, match="another run is writing"):
         quantize_files(source, tmp_path / "busy")
     with monkeypatch.context() as patch:
