@@ -14,7 +14,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,8 @@ from flexq_core.runtime.checkpoint_format import (
 from flexq_core.runtime.convert import resolve_plan
 from flexq_core.runtime.linear import packed_parameters
 
-_ELEMENTS = 2**22
-"""Of a weight that are quantised at once: float32 copies of them take some 100 MB, whatever the layer's size."""
+_ELEMENTS = 2**20
+"""Of a weight that a thread quantises at once: float32 copies of them stay in its caches."""
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
 """Files beside the weights that are copied as they are, unless they are written anew."""
@@ -84,36 +85,22 @@ def quantize_files(
     """
     source, out = source.resolve(), out.absolute()
     _require_free(out)
-    config = read_config(source)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
-        raise CheckpointError(f"{source} is quantised already (quant_method {method!r}): start from the original")
-    model = empty_model(source)
-    plan = resolve_plan(plan, model)
-    work = _Work.of(source, model, plan)
+    work = _Work.of(source, plan)
     partial = out.with_name(f"{out.name}.partial")
-    with _locked(partial), _clear_when_full(partial):
+    with _locked(partial), _clear_when_full(partial), _a_thread_for_each_block() as pool:
         finished = {file: saved for file in work.files if (saved := work.finished(file, partial)) is not None}
         _discard(partial, keep={file.name for file in finished})
         _require_space(partial, sum(work.bytes_of(file) for file in work.files if file not in finished))
-        bar = tqdm(total=len(work.tensors), desc="quantise", unit="tensor", disable=not progress)
-        with bar:
+        with tqdm(total=len(work.tensors), desc="quantise", unit="tensor", disable=not progress) as bar:
             for file in work.files:
                 if file in finished:
                     bar.update(len(work.names_in(file)))
                 else:
-                    finished[file] = work.write(file, partial, bar)
-        sqnr_db = {layer: value for saved in finished.values() for layer, value in saved["sqnr_db"].items()}
-        written = Written(
-            out,
-            plan,
-            {layer: math.inf if sqnr_db[layer] is None else sqnr_db[layer] for layer in plan.layers},
-            sum(work.bytes_of(file, layers_only=True) for file in work.files),
-            sum(math.prod(model.get_submodule(layer).weight.shape) * work.width(layer) for layer in plan.layers),
-            work.left_out,
-        )
-        _write_others(source, partial, work, written, name or source.name, config)
-        _sync(partial)
+                    finished[file] = work.write(file, partial, bar, pool)
+        written = work.summary(out, finished.values())
+        _write_others(source, partial, work, written, name or source.name)
+        for file in (*partial.iterdir(), partial):
+            _sync(file)
         os.replace(partial, out)
         _sync(out.parent)
     return written
@@ -123,18 +110,26 @@ def quantize_files(
 class _Work:
     """What is to be done.
 
-    model: without weights.  tensors: the model's name of a tensor → (its file, its name there, shape, type).
+    config: of the original.  model: without weights.
+    tensors: the model's name of a tensor → (its file, its name there, shape, type).
     left_out: tensors of the files that the model has no place for.
     """
 
+    config: Mapping[str, Any]
     model: nn.Module
     plan: PrecisionPlan
     tensors: Mapping[str, tuple[Path, str, list[int], str]]
     left_out: tuple[str, ...]
 
     @classmethod
-    def of(cls, source: Path, model: nn.Module, plan: PrecisionPlan) -> _Work:
-        """Read the files' headers; CheckpointError where a tensor is missing or has another shape than the model's."""
+    def of(cls, source: Path, plan: PrecisionPlan | str | Path) -> _Work:
+        """Read config.json and the files' headers; raises as `quantize_files` for a source or a plan that does not fit."""
+        config = read_config(source)
+        if config.get("quantization_config"):
+            method = config["quantization_config"].get("quant_method")
+            raise CheckpointError(f"{source} is quantised already (quant_method {method!r}): start from the original")
+        model = empty_model(source)
+        plan = resolve_plan(plan, model)
         places = set(model.state_dict())
         tensors, left_out = {}, []
         for file in shards(source):
@@ -151,7 +146,7 @@ class _Work:
                 else:
                     tensors[name] = file, stored, shape, dtype
         require_tensors(model, {name: (file, shape, dtype) for name, (file, _, shape, dtype) in tensors.items()})
-        return cls(model, plan, tensors, tuple(left_out))
+        return cls(config, model, plan, tensors, tuple(left_out))
 
     @property
     def files(self) -> list[Path]:
@@ -165,10 +160,6 @@ class _Work:
         """Of the layer whose weight this tensor is; None for what is copied."""
         layer, _, leaf = name.rpartition(".")
         return self.plan.layers.get(layer) if leaf == "weight" else None
-
-    def width(self, layer: str) -> int:
-        """Bytes of an element of this layer's original weight."""
-        return _width(self.tensors[f"{layer}.weight"][3])
 
     def bytes_of(self, file: Path, *, layers_only: bool = False) -> int:
         """Of what a file becomes, without its header; `layers_only` counts quantised weights alone."""
@@ -188,6 +179,7 @@ class _Work:
             return {
                 "file": hashlib.file_digest(stream, "sha256").hexdigest(),
                 "plan": hashlib.sha256(self.plan.to_json().encode()).hexdigest(),
+                "config": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
             }
 
     def finished(self, file: Path, partial: Path) -> dict[str, Any] | None:
@@ -199,7 +191,7 @@ class _Work:
         except CheckpointError:
             return None
 
-    def write(self, file: Path, partial: Path, bar: tqdm) -> dict[str, Any]:
+    def write(self, file: Path, partial: Path, bar: tqdm, pool: ThreadPoolExecutor) -> dict[str, Any]:
         """Quantise one file; returns what its header says."""
         tensors: dict[str, Tensor] = {}
         sqnr_db: dict[str, float | None] = {}
@@ -212,7 +204,7 @@ class _Work:
                 tensors[name] = tensor
             else:
                 try:
-                    packed, noise = _quantize(tensor, bits.weight_bits, self.plan.group_size)
+                    packed, noise = _quantize(tensor, bits.weight_bits, self.plan.group_size, pool)
                 except ValueError as error:
                     raise ValueError(f"layer {layer!r}: {error}") from error
                 tensors |= {f"{layer}.{part}": value for part, value in packed.items()}
@@ -228,6 +220,19 @@ class _Work:
         os.replace(unfinished, partial / file.name)
         return {"sha256": sha256, **saved}
 
+    def summary(self, out: Path, saved: Iterable[Mapping[str, Any]]) -> Written:
+        """What was written, from the headers of all files."""
+        sqnr_db = {layer: value for header in saved for layer, value in header["sqnr_db"].items()}
+        weights = [self.tensors[f"{layer}.weight"] for layer in self.plan.layers]
+        return Written(
+            folder=out,
+            plan=self.plan,
+            sqnr_db={layer: math.inf if sqnr_db[layer] is None else sqnr_db[layer] for layer in self.plan.layers},
+            layer_bytes=sum(self.bytes_of(file, layers_only=True) for file in self.files),
+            original_bytes=sum(math.prod(shape) * _width(dtype) for _, _, shape, dtype in weights),
+            left_out=self.left_out,
+        )
+
 
 def _width(dtype: str) -> int:
     """Bytes of an element of a safetensors type: BF16 → 2."""
@@ -235,27 +240,41 @@ def _width(dtype: str) -> int:
     return int(bits or 8) // 8
 
 
-def _quantize(weight: Tensor, bits: int, group_size: int) -> tuple[dict[str, Tensor], float | None]:
-    """A weight's packed tensors, and its SQNR in dB (None where nothing was lost); block by block of rows."""
-    rows = max(1, _ELEMENTS // weight.shape[1])
-    blocks, signal, noise = [], 0.0, 0.0
-    for first in range(0, len(weight), rows):
-        block = weight[first : first + rows]
+def _quantize(
+    weight: Tensor, bits: int, group_size: int, pool: ThreadPoolExecutor
+) -> tuple[dict[str, Tensor], float | None]:
+    """A weight's packed tensors, and its SQNR in dB (None where nothing was lost)."""
+
+    def block(first: int) -> tuple[dict[str, Tensor], float, float]:
+        part = weight[first : first + rows]
         try:
-            quantized = quantize_weight(block, bits=bits, group_size=group_size)
+            quantized = quantize_weight(part, bits=bits, group_size=group_size)
         except ValueError as error:
             raise ValueError(f"rows from {first}: {error}") from error
-        block = block.float()
-        signal += torch.linalg.vector_norm(block).item() ** 2
-        noise += torch.linalg.vector_norm(block - dequantize(quantized)).item() ** 2
-        blocks.append(packed_parameters(quantized))
-    sqnr_db = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
-    return {part: torch.cat([block[part] for block in blocks]) for part in blocks[0]}, sqnr_db
+        part = part.float()
+        signal, noise = (torch.linalg.vector_norm(x).item() ** 2 for x in (part, part - dequantize(quantized)))
+        return packed_parameters(quantized), signal, noise
+
+    rows = max(1, _ELEMENTS // weight.shape[1])
+    blocks, signals, noises = zip(*pool.map(block, range(0, len(weight), rows)), strict=True)
+    packed = {part: torch.cat([each[part] for each in blocks]) for part in blocks[0]}
+    signal, noise = sum(signals), sum(noises)
+    return packed, 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
 
 
-def _write_others(
-    source: Path, partial: Path, work: _Work, written: Written, name: str, config: dict[str, Any]
-) -> None:
+@contextmanager
+def _a_thread_for_each_block() -> Iterator[ThreadPoolExecutor]:
+    """As many blocks at once as torch would use threads, each on one: threads that share a block wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _write_others(source: Path, partial: Path, work: _Work, written: Written, name: str) -> None:
     """Everything but the weights; config.json, without which nothing loads, last."""
     anew = {"config.json", "README.md"}
     for file in {file for pattern in COPIED for file in source.glob(pattern)}:
@@ -267,13 +286,12 @@ def _write_others(
         _write_json(partial / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
     (partial / "README.md").write_text(_card(name, written), encoding="utf-8")
     quantization = {"quant_method": METHOD, "format_version": VERSION, "plan": work.plan.to_dict()}
-    _write_json(partial / "config.json", {**config, "quantization_config": quantization})
+    _write_json(partial / "config.json", {**work.config, "quantization_config": quantization})
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     unfinished = file.with_name(f"{file.name}.tmp")
     unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _sync(unfinished)
     os.replace(unfinished, file)
 
 
@@ -294,6 +312,7 @@ tags:
 
 The linear layers of {name}, quantised by plan `{written.plan.name}` (FlexQ, arXiv 2508.04405): their weights, in groups of
 {written.plan.group_size}, take {now_mib:.1f} MiB with their scales, before {before_mib:.1f}. Everything else is the original's.
+The header of each file of weights has the sha256 of its tensors.
 
 ```python
 import flexq_core

@@ -7,8 +7,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from flexq_core.quant.plan import RULES, PlanError
-from flexq_core.runtime.checkpoint_format import CheckpointError
+from flexq_core.quant.plan import RULES
 from flexq_core.runtime.quantize_files import Written, quantize_files
 from flexq_core.sources.models import ModelError, model_folder
 
@@ -24,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
             name=Path(options.model).name if Path(options.model).is_dir() else options.model,
             progress=True,
         )
-    except (CheckpointError, ModelError, PlanError, ValueError) as error:
+    except (ModelError, OSError, ValueError) as error:  # a CheckpointError and a PlanError are ValueErrors
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
