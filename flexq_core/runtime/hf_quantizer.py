@@ -121,11 +121,12 @@ class _QuantizeWeight(ConversionOps):
 
 
 def make_savable(model: nn.Module, plan: PrecisionPlan) -> None:
-    """Give a model that `quantize_model` made what `save_pretrained` asks of a quantised model."""
+    """Give a model that `quantize_model` made what `save_pretrained` asks of a quantised model.
+
+    It is not marked `is_quantized`, for which transformers would refuse `half()` and `float()`: these layers take both.
+    """
     quantizer = FlexQHfQuantizer(FlexQConfig(plan), pre_quantized=True)
     model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = METHOD
     quantizer.postprocess_model(model)
 
 
@@ -141,15 +142,14 @@ def _keep_exponents_whole(model: nn.Module) -> None:
 
 def _require_whole_groups(name: str, layer: FlexQLinear) -> None:
     """Raise ValueError where processes that share a layer's inputs do not each hold whole groups."""
-    weight = layer.weight
-    if not isinstance(weight, DTensor) or not any(place.is_shard(1) for place in weight.placements):
+    if not isinstance(layer.weight, DTensor):
         return
-    processes, groups = weight.device_mesh.size(), group_count(layer.in_features, layer.group_size)
-    if groups % processes or layer.in_features % layer.group_size:
-        accepted = (
-            [n for n in range(1, groups + 1) if groups % n == 0] if not layer.in_features % layer.group_size else [1]
-        )
-        raise ValueError(
-            f"layer {name!r} has {layer.in_features} inputs in {groups} groups of {layer.group_size}, which {processes} "
-            f"processes cannot share; accepted for tensor parallelism: {', '.join(map(str, accepted))}"
-        )
+    groups, padded = group_count(layer.in_features, layer.group_size), bool(layer.in_features % layer.group_size)
+    for dimension, placement in enumerate(layer.weight.placements):
+        processes = layer.weight.device_mesh.size(dimension)
+        if placement.is_shard(1) and (groups % processes or padded):
+            accepted = [1] if padded else [number for number in range(1, groups + 1) if groups % number == 0]
+            raise ValueError(
+                f"layer {name!r} has {layer.in_features} inputs in {groups} groups of {layer.group_size}, which {processes} "
+                f"processes cannot share; accepted for tensor parallelism: {', '.join(map(str, accepted))}"
+            )
