@@ -69,6 +69,8 @@ class FlexQHfQuantizer(HfQuantizer):
     requires_calibration = False
     is_trainable = False
     is_compileable = True
+    quantized_element_size = 1
+    """Bytes of a weight that comes unquantised, at most, for what plans memory before it comes."""
 
     def is_serializable(self) -> bool:
         return True
@@ -76,7 +78,13 @@ class FlexQHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         plan = resolve_plan(self.quantization_config.plan, model)
         self.quantization_config.plan = plan
+        weights = {name: model.get_submodule(name).weight for name in plan.layers}
         empty_layers_in_place(model, plan)
+        if (
+            not self.pre_quantized
+        ):  # the original's type stands there until its weight comes: transformers 5.17 casts to it
+            for name, weight in weights.items():
+                model.get_submodule(name).weight = weight
         _keep_exponents_whole(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:

@@ -1,5 +1,6 @@
 """transformers' own ways with a 6-bit model: on the fly, pipelines, static caches, offloading, several processes."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -119,11 +120,11 @@ torch.set_num_threads(1)  # a fork must not meet a pool of threads
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 import flexq_core
-folder, again, odd = sys.argv[1:4]
+folder, again, odd, unquantised, port = sys.argv[1:]
 AutoModelForCausalLM.from_pretrained  # the import is lazy: here, once, for both processes
 
 def rank(number):
-    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[4])
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     split = {"distributed_config": DistributedConfig(tp_plan="auto"), "dtype": torch.float32}
     ids = torch.arange(3, 24)[None]
     with torch.no_grad():
@@ -135,9 +136,13 @@ def rank(number):
     assert model.model.layers[0].mlp.up_proj.weight.to_local().shape == (256, 192)
     assert (logits - expected).norm() < 1e-5 * expected.norm(), (logits - expected).norm()
     model.save_pretrained(again)
-    for path, text in ((odd, "groups of 128, which 2 processes cannot share"),):
+    fly = {"quantization_config": flexq_core.FlexQConfig("flexq"), **split}
+    for call, text in (
+        (lambda: flexq_core.load(odd, **split), "groups of 128, which 2 processes cannot share"),
+        (lambda: AutoModelForCausalLM.from_pretrained(unquantised, **fly), "cannot be quantised while it is loaded in parts"),
+    ):
         try:
-            flexq_core.load(path, **split)
+            call()
         except ValueError as error:
             assert text in str(error), error
         else:
@@ -176,9 +181,20 @@ def test_two_processes_share_a_model_and_save_it_as_it_was(tmp_path):
                 parameter.add_(0.1 * torch.randn_like(parameter))
             model.model.layers[0].mlp.down_proj.weight[::3] *= 2.0**-30
         folders[name] = quantize_files(save_model(model, tmp_path / name), tmp_path / f"{name}-6", "flexq").folder
-    port = 29500 + hash(str(tmp_path)) % 1000
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     done = subprocess.run(
-        [sys.executable, "-c", RANKS, folders["even"], tmp_path / "again", folders["odd"], str(port)],
+        [
+            sys.executable,
+            "-c",
+            RANKS,
+            folders["even"],
+            tmp_path / "again",
+            folders["odd"],
+            tmp_path / "even",
+            str(port),
+        ],
         cwd=Path(flexq_core.__file__).parents[1],
         capture_output=True,
         text=True,
