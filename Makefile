@@ -1,12 +1,16 @@
-# `make help` lists what there is. Every target makes .venv first where there is none; PYTHON=... chooses with which.
+# `make help` lists what there is. Every target but doctor and clean makes .venv first where there is none;
+# PYTHON=... chooses with which.
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduce test test-gpu lab lint format lock reference kernels readme clean env
+.PHONY: help doctor demo reproduce test test-gpu lab lint format lock reference kernels readme clean env
 SHELL := /bin/sh
 BIN := .venv/bin
 KERNELS = --outputs outputs/reference/$(or $(MACHINE),h200) --tokens 1 4 8 16 32 64 --repeats 10
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+doctor:  ## say what this machine has, what will run on it, and how to get the rest; installs nothing
+	@$(or $(wildcard $(BIN)/python),$(PYTHON),python3) -m flexq_core doctor --data-dir "$(DATA_DIR)"
 
 demo: env  ## run the notebooks on the demo models and build outputs/report.html
 	@$(BIN)/python -m flexq_core.workbook demo </dev/null
@@ -22,7 +26,7 @@ test-gpu: env  ## run the tests that want an NVIDIA GPU, on it
 	@$(BIN)/python -m pytest -q -m gpu
 
 lab: env  ## open the notebooks in JupyterLab
-	@$(BIN)/python -m jupyterlab notebooks
+	@$(BIN)/python -m jupyterlab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 lint: env  ## check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

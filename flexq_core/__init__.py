@@ -23,6 +23,7 @@ _LAZY = {
     "quantize_model": "flexq_core.runtime.convert",
     "FlexQConfig": "flexq_core.runtime.hf_quantizer",
     "load": "flexq_core.runtime.checkpoint",
+    "fuse_": "flexq_core.runtime.fuse",
     "quant": None,
     "runtime": None,
     "sources": None,

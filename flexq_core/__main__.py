@@ -1,28 +1,36 @@
-"""`python -m flexq_core <command>`: what can be done from a shell, a module each."""
+"""The package's command line: `python -m flexq_core COMMAND ...`. A command is a module's `main(arguments) -> exit status`."""
 
 from __future__ import annotations
 
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 
 COMMANDS = {
     "quantize": ("flexq_core.studies.quantize_command", "keep a model's 6-bit checkpoint"),
+    "doctor": ("flexq_core.studies.doctor", "what this machine has, what will run on it, and how to get the rest"),
 }
-"""name → (module with `main(arguments) -> exit status`, help)."""
+"""Name → module, imported when it is asked for, and a line of help."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in COMMANDS:
-        module, _ = COMMANDS[arguments[0]]
-        return import_module(module).main(arguments[1:])
-    asked = bool(arguments) and arguments[0] in ("-h", "--help")
-    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
-    usage = "usage: python -m flexq_core <command> [--help]\n\n" + "\n".join(lines)
-    if arguments and not asked:
-        usage = f"no command is called {arguments[0]!r}\n{usage}"
-    print(usage, file=sys.stdout if asked else sys.stderr)
-    return 0 if asked else 2
+    """Hand over to the command's module; returns the exit status, 2 where no command is named or known."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name not in COMMANDS:
+        nearest = get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        said = f"there is no command {name!r}.{hint}\n" if name else ""
+        print(f"{said}{_usage()}", file=sys.stderr)
+        return 2
+    return import_module(COMMANDS[name][0]).main(rest)
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(("usage: python -m flexq_core COMMAND ...   (COMMAND --help says more)", *lines))
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ def quantize(x: np.ndarray, bits: int, group_size: int = 128) -> tuple[np.ndarra
     return codes.reshape(rows, groups * group_size), scales
 
 
-def pack6(codes: np.ndarray) -> np.ndarray:
-    """int [N, Kp] → uint8 [N, Kp * 6 / 8]: every bit placed one by one, little-endian along the row."""
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """int [N, Kp] → uint8 [N, Kp * bits / 8]: every bit placed one by one, little-endian along the row."""
     rows, features = codes.shape
-    bits = (codes[:, :, None] >> np.arange(6)) & 1
-    return np.packbits(bits.astype(np.uint8).reshape(rows, features * 6), axis=1, bitorder="little")
+    ones = (codes[:, :, None] >> np.arange(bits)) & 1
+    return np.packbits(ones.astype(np.uint8).reshape(rows, features * bits), axis=1, bitorder="little")
 
 
 def linear_oracle(x, codes, scales, exponents, bias, activation_bits: int, group_size: int = 128) -> np.ndarray:

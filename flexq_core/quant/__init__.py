@@ -1,4 +1,4 @@
-"""The number format: symmetric groups of 128, 6- and 8-bit codes, packing, precision plans.
+"""The number format: symmetric groups of 128, codes of 2 to 8 bits, packing, precision plans.
 
 Pure torch on any device; no files, no network, no models.
 """

@@ -1,7 +1,7 @@
 """Packed forms of integer codes: dense along K (the canonical, stored form) and bit planes.
 
-The canonical form knows nothing of any kernel. Six-bit codes, two's complement, four in three bytes along K,
-little-endian bit order:
+The canonical form knows nothing of any kernel. Codes of two's complement lie side by side along K in little-endian bit
+order, of six bits four in three bytes:
 
     byte      0                 1                 2
     bit       7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0
@@ -12,10 +12,13 @@ Eight-bit codes are stored as they are.
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
-from flexq_core.quant.spec import WEIGHT_BITS, code_limits, require_bits
+from flexq_core.quant.spec import code_limits, require_bits
 
 _WORD_BITS = 32
 
@@ -28,38 +31,57 @@ def packed_bytes(padded_features: int, bits: int) -> int:
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Canonical dense packing along the last axis.
 
-    codes: [..., Kp] int8 in the range of `bits` (6 or 8); Kp a multiple of 4 for 6 bits.
+    codes: [..., Kp] int8 in the range of `bits` (2 to 8); Kp so that they fill whole bytes: for 6 bits a multiple of 4.
     Returns [..., Kp * bits // 8] uint8.
     Raises TypeError for another dtype, ValueError for other bits, another Kp, or a code out of range.
     """
-    require_bits(bits, accepted=WEIGHT_BITS)
+    require_bits(bits)
     _require_codes(codes, bits)
     if bits == 8:
         return codes.contiguous().view(torch.uint8)
-    if codes.shape[-1] % 4:
-        raise ValueError(f"cannot pack {codes.shape[-1]} codes of 6 bits; accepted: a multiple of 4")
-    c0, c1, c2, c3 = (codes & 0x3F).view(torch.uint8).unflatten(-1, (-1, 4)).unbind(-1)
-    packed = torch.stack((c0 | c1 << 6, c1 >> 2 | c2 << 4, c2 >> 4 | c3 << 2), dim=-1)
-    return packed.flatten(-2)
+    together = math.lcm(bits, 8) // bits
+    if codes.shape[-1] % together:
+        raise ValueError(f"cannot pack {codes.shape[-1]} codes of {bits} bits; accepted: a multiple of {together}")
+    return _cut((codes & (1 << bits) - 1).view(torch.uint8), bits, 8)
 
 
 def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     """Inverse of `pack_codes`.
 
-    packed: [..., B] uint8; B a multiple of 3 for 6 bits.  Returns [..., B * 8 // bits] int8.
+    packed: [..., B] uint8; B so that they hold whole codes: for 6 bits a multiple of 3.  Returns [..., B * 8 // bits] int8.
     Raises TypeError for another dtype, ValueError for other bits or another B.
     """
-    require_bits(bits, accepted=WEIGHT_BITS)
+    require_bits(bits)
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed codes are {packed.dtype}; accepted: uint8")
     if bits == 8:
         return packed.contiguous().view(torch.int8)
-    if packed.shape[-1] % 3:
-        raise ValueError(f"cannot unpack {packed.shape[-1]} bytes of 6-bit codes; accepted: a multiple of 3")
-    b0, b1, b2 = packed.unflatten(-1, (-1, 3)).unbind(-1)
-    fields = torch.stack((b0, b0 >> 6 | b1 << 2, b1 >> 4 | b2 << 4, b2 >> 2), dim=-1)
+    together = math.lcm(bits, 8) // 8
+    if packed.shape[-1] % together:
+        raise ValueError(
+            f"cannot unpack {packed.shape[-1]} bytes of {bits}-bit codes; accepted: a multiple of {together}"
+        )
     # The field moves to the top of the byte; the arithmetic shift back down carries its sign along.
-    return ((fields << 2).view(torch.int8) >> 2).flatten(-2)
+    return (_cut(packed, 8, bits) << 8 - bits).view(torch.int8) >> 8 - bits
+
+
+def _cut(fields: Tensor, bits: int, into: int) -> Tensor:
+    """Fields of `bits` bits, side by side in little-endian order, cut anew into fields of `into` bits; one of the two is 8.
+
+    fields: [..., F] uint8.  Returns [..., F * bits // into] uint8; bits above the lowest `into` are left as they fall.
+    """
+    period = math.lcm(bits, into)
+    parts = fields.unflatten(-1, (-1, period // bits)).unbind(-1)
+    anew = []
+    for place in range(0, period, into):
+        offsets = {index * bits - place: part for index, part in enumerate(parts)}
+        overlapping = [
+            part << offset if offset >= 0 else part >> -offset
+            for offset, part in offsets.items()
+            if -bits < offset < into
+        ]
+        anew.append(functools.reduce(torch.bitwise_or, overlapping))
+    return torch.stack(anew, dim=-1).flatten(-2)
 
 
 def pack_bit_planes(codes: Tensor, bits: int) -> Tensor:
@@ -70,7 +92,7 @@ def pack_bit_planes(codes: Tensor, bits: int) -> Tensor:
     2**i, the last one -2**(bits - 1).
     Raises TypeError for another dtype, ValueError for other bits, another Kp, or a code out of range.
     """
-    require_bits(bits, accepted=tuple(range(2, 9)))
+    require_bits(bits)
     _require_codes(codes, bits)
     if codes.shape[-1] % _WORD_BITS:
         raise ValueError(f"cannot pack planes of {codes.shape[-1]} codes; accepted: a multiple of {_WORD_BITS}")
@@ -90,7 +112,7 @@ def unpack_bit_planes(planes: Tensor) -> Tensor:
     if planes.dtype != torch.int32:
         raise TypeError(f"bit planes are {planes.dtype}; accepted: int32")
     bits = planes.shape[0]
-    require_bits(bits, accepted=tuple(range(2, 9)))
+    require_bits(bits)
     places = torch.arange(_WORD_BITS, dtype=torch.int32, device=planes.device)
     ones = (planes[..., None] >> places & 1).flatten(-2)
     weights = [1 << plane for plane in range(bits - 1)] + [-(1 << bits - 1)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexq_core.quant.spec import GROUP_SIZE, WEIGHT_BITS, code_limits, group_count, require_bits
+from flexq_core.quant.spec import GROUP_SIZE, code_limits, group_count, require_bits
 
 FP16_SMALLEST_NORMAL = 2.0**-14
 FP16_LARGEST = 65504.0
@@ -41,7 +41,7 @@ class Quantized:
 def quantize_groups(x: Tensor, *, bits: int, group_size: int = GROUP_SIZE) -> Quantized:
     """Symmetric round-to-nearest quantisation of each group of `group_size` along the last axis (FlexQ §3.1).
 
-    x: [..., K] float16, bfloat16 or float32; any leading shape, also empty.  bits: 6 or 8.
+    x: [..., K] float16, bfloat16 or float32; any leading shape, also empty.  bits: 2 to 8.
     Returns codes [..., Kp] int8 in [-2**(bits-1), 2**(bits-1) - 1] and scales [..., Kp // group_size] float32,
     Kp = K rounded up to group_size, so that x ≈ (codes * scales)[..., :K].
     Raises ValueError for other bits, group_size < 1, K = 0, or a non-finite x (names the first bad index);
@@ -57,7 +57,7 @@ def quantize_groups(x: Tensor, *, bits: int, group_size: int = GROUP_SIZE) -> Qu
 def quantize_weight(weight: Tensor, *, bits: int = 6, group_size: int = GROUP_SIZE) -> Quantized:
     """Quantise a weight matrix once, with scales stored as float16 (FlexQ §3.1).
 
-    weight: [N, K] float16, bfloat16 or float32.  bits: 6 or 8.
+    weight: [N, K] float16, bfloat16 or float32.  bits: 2 to 8.
     Returns codes [N, Kp] int8, scales [N, Kp // group_size] float16 and exponents [N] int8, so that
     weight ≈ codes * scales * 2**exponents[:, None].
 
@@ -68,7 +68,7 @@ def quantize_weight(weight: Tensor, *, bits: int = 6, group_size: int = GROUP_SI
     takes the smallest normal scale, an error that float32 accumulation of that row cannot resolve anyway.
     Raises as `quantize_groups`, and ValueError unless weight is two-dimensional.
     """
-    require_bits(bits, accepted=WEIGHT_BITS, what="weight bits")
+    require_bits(bits, what="weight bits")
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; accepted: [N, K]")
     groups = _groups(weight, group_size)

@@ -5,8 +5,8 @@ from __future__ import annotations
 GROUP_SIZE = 128
 """Consecutive elements along K that share one scale (FlexQ §3.1)."""
 
-WEIGHT_BITS = (6, 8)
-ACTIVATION_BITS = (6, 8)
+WEIGHT_BITS = ACTIVATION_BITS = tuple(range(2, 9))
+"""What the format can hold; the paper's are 6-bit weights with 6- or 8-bit activations. What reads others: runtime/ops.py."""
 
 
 def code_limits(bits: int) -> tuple[int, int]:
@@ -14,7 +14,7 @@ def code_limits(bits: int) -> tuple[int, int]:
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
-def require_bits(bits: int, *, accepted: tuple[int, ...] = (6, 8), what: str = "bits") -> None:
+def require_bits(bits: int, *, accepted: tuple[int, ...] = WEIGHT_BITS, what: str = "bits") -> None:
     """Raise ValueError unless `bits` is one of `accepted`."""
     if bits not in accepted or isinstance(bits, bool):
         raise ValueError(f"{what} is {bits!r}; accepted: {', '.join(map(str, accepted))}")

@@ -39,6 +39,8 @@ CUDA_SOURCES = (
     "w6ax_wgmma.cu",
     "w6ax_bmma.cu",
 )
+BIT_PLANE_SOURCES = ("bindings.cpp", "w6ax_bmma.cu")
+"""Of a build for one width of weights, which `-DFLEXQ_WEIGHT_BITS` names."""
 LEAST_CAPABILITY = (8, 0)
 """Of a card: asynchronous copies, and tensor cores for bytes and for bits."""
 WAIT_SECONDS = 600
@@ -71,7 +73,7 @@ def cpu_kernel() -> ModuleType:
 
 
 _failed: dict[str, str] = {}
-"""What could not be built in this process, `cpu` or a GPU's architecture → why."""
+"""What could not be built in this process, `cpu`, a GPU's architecture or a width of weights and it → why."""
 
 
 def _tried_once(what: str, load: Callable[[], ModuleType]) -> ModuleType:
@@ -117,9 +119,37 @@ def _cuda_kernels(capability: tuple[int, int]) -> ModuleType:
     return _tried_once(name, lambda: _load("flexq_cuda", KERNELS / "cuda", list(CUDA_SOURCES), CUDA_FLAGS, name))
 
 
+def bit_plane_kernel(device: torch.device, weight_bits: int) -> ModuleType:
+    """w6ax_bmma for this card, weights of so many bits and activations of 2 to 8, compiled if it is not in the cache.
+
+    Raises BuildError as `cuda_kernels` does.
+    """
+    return _bit_plane_kernel(torch.cuda.get_device_capability(device), weight_bits)
+
+
+@functools.cache
+def _bit_plane_kernel(capability: tuple[int, int], weight_bits: int) -> ModuleType:
+    architecture, name = _architecture(capability), f"flexq_bmma_w{weight_bits}"
+    flags = (*CUDA_FLAGS, f"-DFLEXQ_WEIGHT_BITS={weight_bits}")
+    return _tried_once(
+        f"{name} {architecture}", lambda: _load(name, KERNELS / "cuda", list(BIT_PLANE_SOURCES), flags, architecture)
+    )
+
+
 def _architecture(capability: tuple[int, int]) -> str:
     """As nvcc names it. Hopper's own instructions, wgmma among them, want it with an `a`."""
     return f"{capability[0]}.{capability[1]}" + ("a" if capability[0] >= 9 else "")
+
+
+def is_built(device: torch.device) -> bool:
+    """Whether the kernels for this device, as they are now, lie in the cache: then loading them compiles nothing."""
+    try:
+        if device.type == "cpu":
+            return _place("flexq_cpu", KERNELS / "cpu", CPU_FLAGS, None).is_dir()
+        architecture = _architecture(torch.cuda.get_device_capability(device))
+        return _place("flexq_cuda", KERNELS / "cuda", CUDA_FLAGS, architecture).is_dir()
+    except BuildError:
+        return False
 
 
 def cuda_home() -> Path:
@@ -144,25 +174,30 @@ def _load(
     name: str, folder: Path, sources: list[str], flags: tuple[str, ...], architecture: str | None = None
 ) -> ModuleType:
     """Build or find a module. With an architecture (`9.0a`) the sources are CUDA's, and the flags are nvcc's."""
-    compiler = _requirements()
-    facts = flags
-    if architecture is not None:
-        nvcc = subprocess.run([cuda_home() / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
-        facts = (*flags, architecture, nvcc)
-    module = f"{name}_{_digest(folder, facts, compiler)}"
-    place = _cache() / module
+    place = _place(name, folder, flags, architecture)
     try:
         if not place.is_dir():
             place.parent.mkdir(parents=True, exist_ok=True)
             with _lock(place.with_suffix(".lock")):
                 if not place.is_dir():  # nobody else built it while this one waited
-                    _compile(module, [str(folder / source) for source in sources], list(flags), place, architecture)
+                    files = [str(folder / source) for source in sources]
+                    _compile(place.name, files, list(flags), place, architecture)
     except OSError as error:
         raise BuildError(
             f"the kernel's cache {place} cannot be written ({error.strerror or error}); set TORCH_EXTENSIONS_DIR to a "
             "folder that can"
         ) from error
     return _import(place)
+
+
+def _place(name: str, folder: Path, flags: tuple[str, ...], architecture: str | None) -> Path:
+    """Where the build of these sources lies, or would."""
+    compiler = _requirements()
+    facts = flags
+    if architecture is not None:
+        nvcc = subprocess.run([cuda_home() / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+        facts = (*flags, architecture, nvcc)
+    return cache_folder() / f"{name}_{_digest(folder, facts, compiler)}"
 
 
 def _compile(module: str, sources: list[str], flags: list[str], place: Path, architecture: str | None) -> None:
@@ -181,7 +216,8 @@ def _compile(module: str, sources: list[str], flags: list[str], place: Path, arc
     else:
         environment["TORCH_CUDA_ARCH_LIST"] = architecture
         cpp_extension.CUDA_HOME = str(cuda_home())  # torch looks once, at import, and in fewer places
-        options = {"extra_cflags": ["-O2", "-std=c++17"], "extra_cuda_cflags": flags, "with_cuda": True}
+        macros = [flag for flag in flags if flag.startswith("-D")]
+        options = {"extra_cflags": ["-O2", "-std=c++17", *macros], "extra_cuda_cflags": flags, "with_cuda": True}
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:
@@ -237,7 +273,8 @@ def _requirements() -> str:
     return compiler
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """That holds one folder a build, safe to delete."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if root:
         return Path(root) / "flexq"

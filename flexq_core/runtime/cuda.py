@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from flexq_core.quant.spec import ACTIVATION_BITS, GROUP_SIZE, group_count, require_bits
+from flexq_core.quant.spec import GROUP_SIZE, group_count, require_bits
 from flexq_core.runtime import auto, build
 
 ORDERS = {"imma": 0, "bmma": 1, "wgmma": 2}
@@ -25,22 +25,24 @@ ORDERS = {"imma": 0, "bmma": 1, "wgmma": 2}
 BACKENDS = ("auto", *ORDERS)
 """What repacked weights may be for: a kernel, or those that `auto` chooses from."""
 
-CHUNK_ROWS, CHUNK_BYTES = 32, 32 * GROUP_SIZE * 6 // 8 + 32 * 2
-"""Outputs of a chunk of repacked weights, and its bytes: codes of one group, then float16 scales."""
+CHUNK_ROWS = 32
+"""Outputs of a chunk of repacked weights."""
 
 MOST_NORM_FEATURES = 16384
 """That a block keeps in registers (norm_quantize.cu)."""
 
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_TOKEN_TILES = {"imma": (1, 2, 4, 8), "bmma": (1, 2), "wgmma": (2, 4, 8, 16)}
+_TOKEN_TILES = {"imma": (1, 2, 4, 8), "bmma": (1, 2), "wgmma": (2, 4, 8, 16, 32)}
 """Of 8 tokens, that a block of a backend's kernel can compute at once."""
+_BUILT_TOGETHER = {(6, 6), (6, 8)}
+"""Bits of weights and activations that `bmma` has in the build of all kernels; others have builds of their own."""
 
 
 def obstacle(device: torch.device, weight_bits: int, group_size: int, backend: str = "imma") -> str | None:
     """Why a backend's kernel cannot take such a layer, or None. Nothing is compiled."""
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
-    if weight_bits != 6:
+    if weight_bits != 6 and backend != "bmma":
         return f"they read 6-bit weights, not {weight_bits}-bit ones"
     if group_size != GROUP_SIZE:
         return f"they take groups of {GROUP_SIZE}, not {group_size}"
@@ -50,21 +52,38 @@ def obstacle(device: torch.device, weight_bits: int, group_size: int, backend: s
     return reason
 
 
+def chunk_bytes(weight_bits: int) -> int:
+    """Bytes of a chunk of repacked weights: codes of one group, then float16 scales."""
+    return CHUNK_ROWS * (GROUP_SIZE * weight_bits // 8 + 2)
+
+
+def weight_bits_of(chunks: Tensor) -> int:
+    """Bits of a weight in repacked weights, which their size tells."""
+    return (chunks.shape[-1] // CHUNK_ROWS - 2) * 8 // GROUP_SIZE
+
+
+def prepare(device: torch.device, backend: str, weight_bits: int, activation_bits: int) -> None:
+    """Compile what a backend needs for such a layer and has not been compiled. Raises build.BuildError."""
+    build.cuda_kernels(device)
+    _product(device, backend, weight_bits, activation_bits)
+
+
 def repack(weight: Tensor, weight_scale: Tensor, backend: str) -> Tensor:
     """Canonical packed weights and their scales in the order that a backend's kernel reads.
 
-    weight: [N, G * 96] uint8 on a GPU.  weight_scale: [N, G] float16.  backend: one of BACKENDS.
-    Returns [ceil(N / 32), G, 3136] uint8: 6.125 bits a weight, as before, but for the padding of N.
+    weight: [N, G * 16 * weight bits] uint8 on a GPU.  weight_scale: [N, G] float16.  backend: one of BACKENDS.
+    Returns [ceil(N / 32), G, chunk_bytes(weight bits)] uint8: 6.125 bits a 6-bit weight, as before, but for the padding of N.
     """
     outputs, groups = weight_scale.shape
     kernels = _kernels(weight)
-    chunks = weight.new_empty(-(-outputs // CHUNK_ROWS), groups, CHUNK_BYTES)
+    bits = weight.shape[1] * 8 // (groups * GROUP_SIZE)
+    chunks = weight.new_empty(-(-outputs // CHUNK_ROWS), groups, chunk_bytes(bits))
     weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
     if chunks.numel():
         with torch.cuda.device(weight.device):
             order, stream = ORDERS["bmma" if backend == "bmma" else "imma"], _stream(weight)
             kernels.repack(
-                weight.data_ptr(), weight_scale.data_ptr(), chunks.data_ptr(), outputs, groups, order, stream
+                weight.data_ptr(), weight_scale.data_ptr(), chunks.data_ptr(), outputs, groups, bits, order, stream
             )
     return chunks
 
@@ -72,7 +91,7 @@ def repack(weight: Tensor, weight_scale: Tensor, backend: str) -> Tensor:
 def quantize_activation(x: Tensor, activation_bits: int, backend: str, out: Tensor | None = None) -> Tensor:
     """Codes and scales of every token and group, as records in the order that a backend's kernel reads.
 
-    x: [M, K] float32, float16 or bfloat16 on a GPU; rows may lie apart.  activation_bits: 6 or 8.
+    x: [M, K] float32, float16 or bfloat16 on a GPU; rows may lie apart.  activation_bits: 2 to 8.
     backend: one of ORDERS.  out: records of an earlier call of the same kind, to be overwritten, or None.
     Returns [bytes] uint8 for `linear`; see kernels/cuda/layout.cuh. A group that is not finite gets the scale NaN.
     Raises TypeError or ValueError for what does not fit, before anything is launched; says what is accepted.
@@ -177,7 +196,7 @@ def _quantize(
     kernels, order = _kernels(x), ORDERS[backend]
     tokens, features = x.shape
     groups, tiles = group_count(features), token_tiles(tokens, backend)
-    size = -(-tokens // (8 * tiles)) * groups * kernels.record_bytes(order, activation_bits, tiles)
+    size = record_bytes(tokens, features, activation_bits, backend, x.device)
     if out is None:
         out = torch.empty(size, dtype=torch.uint8, device=x.device)
     else:
@@ -188,6 +207,13 @@ def _quantize(
         with torch.cuda.device(x.device):
             getattr(kernels, operation)(*addresses, _FLOATS[x.dtype], records, _stream(x))
     return out
+
+
+def record_bytes(tokens: int, features: int, activation_bits: int, backend: str, device: torch.device) -> int:
+    """Bytes of the records of [tokens, features]; nothing is launched."""
+    tiles = token_tiles(tokens, backend)
+    record = build.cuda_kernels(device).record_bytes(ORDERS[backend], activation_bits, tiles)
+    return -(-tokens // (8 * tiles)) * group_count(features) * record
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -206,7 +232,7 @@ def _require_quantizable(
     """Check what a kernel that quantises is given: the first of `rows` says what all others must match."""
     if backend not in ORDERS:
         raise ValueError(f"backend is {backend!r}; accepted for records: {', '.join(ORDERS)}")
-    require_bits(activation_bits, accepted=ACTIVATION_BITS, what="activation bits")
+    require_bits(activation_bits, what="activation bits")
     first, x = next(iter(rows.items()))
     if x.dtype not in _FLOATS or x.dim() != 2:
         raise TypeError(
@@ -254,7 +280,7 @@ def linear(
     weight_exponent = weight_exponent.contiguous()
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device(out.device):
-        _kernels(out).linear(
+        _product(out.device, backend, weight_bits_of(chunks), activation_bits).linear(
             chunks.data_ptr(),
             weight_exponent.data_ptr(),
             0 if bias is None else bias.data_ptr(),
@@ -302,6 +328,13 @@ def token_tiles(tokens: int, backend: str) -> int:
 
 def _kernels(tensor: Tensor) -> ModuleType:
     return build.cuda_kernels(tensor.device)
+
+
+def _product(device: torch.device, backend: str, weight_bits: int, activation_bits: int) -> ModuleType:
+    """The module whose `linear` multiplies such operands, compiled if need be."""
+    if backend == "bmma" and (weight_bits, activation_bits) not in _BUILT_TOGETHER:
+        return build.bit_plane_kernel(device, weight_bits)
+    return build.cuda_kernels(device)
 
 
 def _stream(tensor: Tensor) -> int:

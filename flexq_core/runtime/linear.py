@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +12,8 @@ from flexq_core.quant.packing import pack_codes, packed_bytes
 from flexq_core.quant.plan import LayerPrecision
 from flexq_core.quant.quantize import Quantized, quantize_weight
 from flexq_core.quant.spec import GROUP_SIZE, group_count
-from flexq_core.runtime import cuda, ops
+from flexq_core.runtime import activations, cuda, ops
+from flexq_core.runtime.chunks import unpack_chunks
 
 
 def packed_parameters(quantized: Quantized) -> dict[str, Tensor]:
@@ -22,18 +26,20 @@ def packed_parameters(quantized: Quantized) -> dict[str, Tensor]:
 
 
 class FlexQLinear(nn.Module):
-    """A linear layer with packed 6-bit (or 8-bit) weights and dynamically quantised activations.
+    """A linear layer with packed weights of 2 to 8 bits, usually 6, and dynamically quantised activations.
 
     Parameters (none trainable), every one laid out with its outputs first:
         weight            [N, Kp * weight_bits / 8] uint8, canonical packing
         weight_scale      [N, Kp / group_size] float16; keeps its type when the module is cast
         weight_exponent   [N] int8
         bias              [N] floating point, or None
+
+    On a GPU the kernel reads weight and scale in an order of its own, and they are kept in that order only: the buffer
+    `chunks`. `canonical` and the state dict give them as above.
     """
 
-    _hf_quantized_needs_local_tp = (
-        True  # tensor parallelism of transformers: forward sees this process's part of each parameter
-    )
+    # In transformers' tensor parallelism forward sees plain tensors, this process's parts of the parameters.
+    _hf_quantized_needs_local_tp = True
 
     def __init__(
         self,
@@ -64,7 +70,8 @@ class FlexQLinear(nn.Module):
         self.weight_scale = parameter(out_features, groups, dtype=torch.float16)
         self.weight_exponent = parameter(out_features, dtype=torch.int8)
         self.bias = parameter(out_features, dtype=dtype) if bias else None
-        self._repacked: tuple[str, str, Tensor | None] | None = None  # see `prepare`
+        self.register_buffer("chunks", None, persistent=False)  # see `prepare`
+        self._prepared: tuple[str, str] | None = None  # the backend that was asked for, and what it means here
 
     @classmethod
     def from_linear(
@@ -99,6 +106,37 @@ class FlexQLinear(nn.Module):
                 layer.bias.copy_(linear.bias)
         return layer
 
+    @classmethod
+    def merged(cls, layers: Sequence[FlexQLinear]) -> FlexQLinear:
+        """One layer for several that read the same activations: its outputs are theirs, one after the other.
+
+        Raises ValueError for layers that differ in what one layer has once: features, bits, group size, backend, bias.
+        """
+        first = layers[0]
+
+        def shared(layer: FlexQLinear) -> tuple:
+            kind = None if layer.bias is None else layer.bias.dtype
+            return layer.in_features, layer.precision, layer.group_size, layer.backend, kind
+
+        if any(shared(layer) != shared(first) for layer in layers):
+            raise ValueError(
+                f"layers that differ cannot be merged: {'; '.join(layer.extra_repr() for layer in layers)}"
+            )
+        outputs = sum(layer.out_features for layer in layers)
+        options = {"precision": first.precision, "group_size": first.group_size, "backend": first.backend}
+        made = cls(first.in_features, outputs, bias=first.bias is not None, device="meta", **options)
+        weights, scales = zip(*(layer.canonical() for layer in layers), strict=True)
+        parts = {
+            "weight": weights,
+            "weight_scale": scales,
+            "weight_exponent": [layer.weight_exponent for layer in layers],
+        }
+        if first.bias is not None:
+            parts["bias"] = [layer.bias for layer in layers]
+        for name, tensors in parts.items():
+            setattr(made, name, nn.Parameter(torch.cat([tensor.detach() for tensor in tensors]), requires_grad=False))
+        return made
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] float32, float16 or bfloat16 → [..., out_features] in the same dtype."""
         if x.is_cuda:
@@ -108,8 +146,7 @@ class FlexQLinear(nn.Module):
                 return ops.w6ax_linear_repacked(x, chunks, self.weight_exponent, self.bias, bits, backend)
         return ops.w6ax_linear(
             x,
-            self.weight,
-            self.weight_scale,
+            *self.canonical(),
             self.weight_exponent,
             self.bias,
             self.precision.weight_bits,
@@ -118,25 +155,61 @@ class FlexQLinear(nn.Module):
             self.backend,
         )
 
+    def reader(self) -> activations.Reader | None:
+        """For whom to quantise activations ahead (runtime/activations.py); None where the backend quantises for itself."""
+        backend = self.prepare()[0]
+        if backend not in activations.BACKENDS or (backend in cuda.BACKENDS and self.chunks is None):
+            return None
+        outputs = len(self.weight_exponent)
+        return activations.Reader(self.precision.activation_bits, backend, outputs, self.group_size)
+
+    def forward_quantized(self, records: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The product with activations [*shape, in_features] quantised ahead for `reader()`: [*shape, out_features] in dtype."""
+        chunks = self.chunks
+        weight, scale = (self.weight, self.weight_scale) if chunks is None else (chunks, None)
+        operands = (weight, scale, self.weight_exponent, self.bias, self.precision.weight_bits, dtype)
+        y = activations.w6ax_linear_quantized(records, math.prod(shape), *operands, self.reader())
+        return y.view(*shape, y.shape[-1])
+
     def prepare(self) -> tuple[str, Tensor | None]:
         """Repack the weights for the CUDA kernel that this layer runs on, once; what a first call would do.
 
         Returns the backend that `backend` means here, and the weights in its order, or None where it takes them as they
-        are. Call it before capturing a CUDA graph. Weights that are written to later are repacked only when the layer is
-        moved or loaded.
+        are. Repacked weights take the place of canonical ones: `weight` and `weight_scale` hold nothing until the layer is
+        moved or loaded, or its backend changes. Call it before compiling the layer or capturing a CUDA graph.
         """
-        if self._repacked is None or self._repacked[0] != self.backend:
+        if self._prepared is None or self._prepared[0] != self.backend:
+            self._restore()
             bits, device = self.precision.weight_bits, self.weight.device
-            backend = ops.resolve_backend(self.backend, device, bits, self.group_size)
+            backend = ops.resolve_backend(self.backend, device, bits, self.group_size, self.precision.activation_bits)
             chunks = cuda.repack(self.weight, self.weight_scale, backend) if backend in cuda.BACKENDS else None
             if getattr(getattr(self, "_hf_hook", None), "offload", False):
-                return backend, chunks  # accelerate takes the weights away again after each call, and so the memory
-            self._repacked = self.backend, backend, chunks
-        return self._repacked[1:]
+                return backend, chunks  # accelerate brings the weights for each call, and takes them away after it
+            self._prepared, self.chunks = (self.backend, backend), chunks
+            for parameter in (self.weight, self.weight_scale) if chunks is not None else ():
+                if isinstance(parameter, nn.Parameter):  # in tensor parallelism it is the part that a parameter keeps
+                    parameter.data = parameter.new_empty(len(parameter), 0)
+        return self._prepared[1], self.chunks
+
+    def canonical(self) -> tuple[Tensor, Tensor]:
+        """`weight` and `weight_scale` as they are stored, whatever this layer keeps; unpacked anew where it keeps chunks."""
+        if not self._holds_chunks_only():
+            return self.weight, self.weight_scale
+        return unpack_chunks(self.chunks, len(self.weight_exponent), planes=self._prepared[1] == "bmma")
+
+    def _holds_chunks_only(self) -> bool:
+        return self.chunks is not None and self.weight.shape[1] == 0
+
+    def _restore(self) -> None:
+        """Undo `prepare`."""
+        if self._holds_chunks_only():
+            self.weight.data, self.weight_scale.data = self.canonical()
+        self.chunks = self._prepared = None
 
     def weight_bytes(self) -> int:
-        """Bytes that the packed weight takes with its scales and exponents."""
-        return sum(p.numel() * p.element_size() for p in (self.weight, self.weight_scale, self.weight_exponent))
+        """Bytes that the packed weight takes with its scales and exponents, in the form that it is kept."""
+        kept = (self.weight, self.weight_scale) if self.chunks is None else (self.chunks,)
+        return sum(tensor.nbytes for tensor in (*kept, self.weight_exponent))
 
     def extra_repr(self) -> str:
         return (
@@ -146,13 +219,18 @@ class FlexQLinear(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         # `model.to(bfloat16)` casts every floating parameter, but codes belong to the scale as it was rounded.
+        self._restore()
         scale = self.weight_scale.data
-        self._repacked = None
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale.data = scale.to(self.weight_scale.device)
         return self
 
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._holds_chunks_only():
+            destination[f"{prefix}weight"], destination[f"{prefix}weight_scale"] = self.canonical()
+
     def _load_from_state_dict(self, *arguments, **options) -> None:
-        self._repacked = None
+        self._restore()
         super()._load_from_state_dict(*arguments, **options)

@@ -11,10 +11,14 @@ Every backend computes the same numbers up to the rounding of the outer float32 
     bmma        kernels/cuda/w6ax_bmma.cu: bit planes on binary tensor cores, the paper's method
     simulate    fake quantisation: dequantised operands in a floating-point matrix product, as papers measure accuracy
     auto        the fastest of these that this machine has, never `simulate`; on a GPU imma or wgmma by the shape, see auto.py
+
+Weights and activations have 2 to 8 bits. `cpu`, `imma` and `wgmma` read 6-bit weights, with activations of any of these;
+`bmma` reads all, compiled on demand for weights of another width or activations of neither 6 nor 8 bits.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -25,7 +29,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from flexq_core.quant.packing import packed_bytes, unpack_codes
 from flexq_core.quant.quantize import Quantized, dequantize, fake_quantize, quantize_groups
-from flexq_core.quant.spec import ACTIVATION_BITS, GROUP_SIZE, WEIGHT_BITS, group_count, require_bits
+from flexq_core.quant.spec import GROUP_SIZE, WEIGHT_BITS, group_count, require_bits
 from flexq_core.runtime import build, cpu, cuda
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -47,17 +51,17 @@ def w6ax_linear(
     x: [..., K] float32, float16 or bfloat16; any leading shape, also empty.
     weight: [N, Kp * weight_bits / 8] uint8, the canonical packing of quant/packing.py, Kp = K rounded up to group_size.
     weight_scale: [N, Kp / group_size] float16.  weight_exponent: [N] int8.  bias: [N] floating point, or None.
-    weight_bits, activation_bits: 6 or 8.  backend: one of BACKENDS.
+    weight_bits, activation_bits: 2 to 8.  backend: one of BACKENDS.
     Returns [..., N] in x's dtype.
     Raises TypeError or ValueError for what does not fit, before anything is computed, and ValueError for a
     non-finite x; but the GPU's kernels, which wait for nothing, return NaN for each token that is not finite.
     They also repack the weights in each call: `w6ax_linear_repacked` is for weights that stay.
     """
-    run = _w6ax_linear if _direct(x) else torch.ops.flexq.w6ax_linear
+    run = _w6ax_linear if direct(x) else torch.ops.flexq.w6ax_linear
     return run(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size, backend)
 
 
-def _direct(x: Tensor) -> bool:
+def direct(x: Tensor) -> bool:
     """Whether nobody traces or differentiates, so that torch's dispatcher can be left out.
 
     Going through it takes a tenth of a millisecond once weights have swept its code from the caches, as much as a fifth of
@@ -83,7 +87,7 @@ def _w6ax_linear(
     backend: str,
 ) -> Tensor:
     _require_fit(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size)
-    run = _BACKENDS[resolve_backend(backend, x.device, weight_bits, group_size)]
+    run = _BACKENDS[resolve_backend(backend, x.device, weight_bits, group_size, activation_bits)]
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -106,12 +110,12 @@ def w6ax_linear_repacked(
 ) -> Tensor:
     """`w6ax_linear` on a GPU, on weights that `cuda.repack` has put into the order of the backend's kernel.
 
-    x: [..., K] float32, float16 or bfloat16.  chunks: [ceil(N / 32), ceil(K / 128), 3136] uint8.
-    weight_exponent: [N] int8.  bias: [N] or None.  activation_bits: 6 or 8.  backend: `imma`, `wgmma` or
-    `bmma`, or `auto` for the faster of the first two, whose weights are the same.
+    x: [..., K] float32, float16 or bfloat16.  chunks: [ceil(N / 32), ceil(K / 128), 3136] uint8, for `bmma` and weights of
+    other than 6 bits cuda.chunk_bytes of them.  weight_exponent: [N] int8.  bias: [N] or None.  activation_bits: 2 to 8.
+    backend: `imma`, `wgmma` or `bmma`, or `auto` for the faster of the first two, whose weights are the same.
     Returns [..., N] in x's dtype. Raises TypeError or ValueError for what does not fit.
     """
-    run = _w6ax_linear_repacked if _direct(x) else torch.ops.flexq.w6ax_linear_repacked
+    run = _w6ax_linear_repacked if direct(x) else torch.ops.flexq.w6ax_linear_repacked
     return run(x, chunks, weight_exponent, bias, activation_bits, backend)
 
 
@@ -133,12 +137,16 @@ def _(x, chunks, weight_exponent, bias, activation_bits, backend):
 
 
 def resolve_backend(
-    backend: str, device: torch.device | str, weight_bits: int = 6, group_size: int = GROUP_SIZE
+    backend: str,
+    device: torch.device | str,
+    weight_bits: int = 6,
+    group_size: int = GROUP_SIZE,
+    activation_bits: int = 6,
 ) -> str:
     """The backend that `backend` means for such a layer on this device: itself, or what `auto` chooses.
 
-    On a GPU `auto` stays `auto` where the kernels run: which of them depends on the shape. `auto` compiles the kernel
-    where it can, and says once why where it cannot.
+    On a GPU `auto` stays `auto` where 6-bit weights meet its kernels: which of them depends on the shape; for other weights
+    it is `bmma`. The kernel is compiled where it can be, and where it cannot `auto` says once why.
     Raises ValueError for an unknown backend, or one that cannot run there (says why, and which remain).
     """
     if backend in ("reference", "simulate"):
@@ -148,36 +156,52 @@ def resolve_backend(
     device = torch.device(device)
     wanted = backend
     if backend == "auto":
-        wanted = "imma" if device.type == "cuda" else "cpu"
+        wanted = "cpu" if device.type != "cuda" else "auto" if weight_bits == 6 else "bmma"
     if wanted == "cpu":
         load, obstacle = build.cpu_kernel, cpu.obstacle(device, weight_bits, group_size)
     else:
-        load, obstacle = lambda: build.cuda_kernels(device), cuda.obstacle(device, weight_bits, group_size, wanted)
+        load = functools.partial(cuda.prepare, device, wanted, weight_bits, activation_bits)
+        obstacle = cuda.obstacle(device, weight_bits, group_size, wanted)
     if obstacle is None:
         try:
             load()
-            return backend if device.type == "cuda" else wanted
+            return wanted
         except build.BuildError as error:
             obstacle = str(error)
     if backend != "auto":
         raise ValueError(f"backend {backend!r} cannot run here: {obstacle}; use 'reference' or 'auto'")
-    if device.type in ("cpu", "cuda") and weight_bits == 6:
+    if device.type == "cuda" or (device.type == "cpu" and weight_bits == 6):
         _warn_once(f"the compiled {device.type.upper()} kernel is not used: {obstacle}")
     return "reference"
 
 
 def _run_reference(x, packed, bias, weight_bits, activation_bits, group_size) -> Tensor:
-    weight, weight_scale, weight_exponent = packed
     activations = quantize_groups(x, bits=activation_bits, group_size=group_size)
-    qx = activations.codes.unflatten(-1, (-1, group_size)).float()
-    qw = unpack_codes(weight, weight_bits).unflatten(-1, (-1, group_size)).float()
-    y = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
+    return reference_product(activations.codes, activations.scales, *packed, bias, weight_bits).to(x.dtype)
+
+
+def reference_product(
+    codes: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_exponent: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+) -> Tensor:
+    """The definition, group by group, on activations that are quantised: codes [M, Kp] int8 and scales [M, G] float32.
+
+    The rest as for `w6ax_linear`.  Returns [M, N] float32.
+    """
+    qx = codes.unflatten(-1, (scales.shape[1], -1)).float()
+    qw = unpack_codes(weight, weight_bits).unflatten(-1, (scales.shape[1], -1)).float()
+    y = torch.zeros(len(codes), len(weight), dtype=torch.float32, device=codes.device)
     for group in range(weight_scale.shape[1]):
         # Exact in float32: codes have at most 8 bits and a group's sum stays below 2^24.
         inner = qx[:, group] @ qw[:, group].T
-        y += inner * (activations.scales[:, group, None] * weight_scale[:, group].float())
+        y += inner * (scales[:, group, None] * weight_scale[:, group].float())
     y = torch.ldexp(y, weight_exponent.int())
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    return y if bias is None else y + bias.float()
 
 
 def _run_simulate(x, packed, bias, weight_bits, activation_bits, group_size) -> Tensor:
@@ -214,8 +238,8 @@ BACKENDS = tuple(_BACKENDS)
 
 
 def _require_fit(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size) -> None:
-    require_bits(weight_bits, accepted=WEIGHT_BITS, what="weight bits")
-    require_bits(activation_bits, accepted=ACTIVATION_BITS, what="activation bits")
+    require_bits(weight_bits, what="weight bits")
+    require_bits(activation_bits, what="activation bits")
     _require_floats(x)
     outputs, groups = weight.shape[0], group_count(x.shape[-1], group_size)
     expected = {
@@ -232,13 +256,16 @@ def _require_fit(x, weight, weight_scale, weight_exponent, bias, weight_bits, ac
 def _require_repacked(x, chunks, weight_exponent, bias, activation_bits, backend) -> None:
     if backend not in cuda.BACKENDS:
         raise ValueError(f"backend is {backend!r}; accepted for repacked weights: {', '.join(cuda.BACKENDS)}")
-    require_bits(activation_bits, accepted=ACTIVATION_BITS, what="activation bits")
+    require_bits(activation_bits, what="activation bits")
     _require_floats(x)
     if x.device.type != "cuda":
         raise ValueError(f"x is on {x.device}; accepted: a CUDA device, for backend {backend!r}")
     outputs, groups = weight_exponent.shape[0], group_count(x.shape[-1], GROUP_SIZE)
+    bits = 6
+    if backend == "bmma" and chunks.dim() and cuda.weight_bits_of(chunks) in WEIGHT_BITS:
+        bits = cuda.weight_bits_of(chunks)
     expected = {
-        "chunks": (chunks, torch.uint8, (-(-outputs // cuda.CHUNK_ROWS), groups, cuda.CHUNK_BYTES)),
+        "chunks": (chunks, torch.uint8, (-(-outputs // cuda.CHUNK_ROWS), groups, cuda.chunk_bytes(bits))),
         "weight_exponent": (weight_exponent, torch.int8, (outputs,)),
     }
     if bias is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -133,45 +135,103 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype | None = No
 
 
 def random_model(
-    name: str, *, device: str = "cpu", dtype: torch.dtype | None = None, layers: int = 0, seed: int = 0
+    name: str,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    layers: int = 0,
+    seed: int = 0,
+    convert: Callable[[str, Any], Any] | None = None,
+    keep: bool = True,
 ) -> LoadedModel:
     """A model of the shape of `name` with random weights, for measuring time and memory; it has no tokenizer.
 
     name: a demo model, a model of `ARCHITECTURES` (nothing is downloaded), or a local folder.  dtype: as `load_model`.
-    layers: build this many blocks only; 0 builds all.
+    layers: build this many blocks only; 0 builds all.  seed: of the weights; a block's do not depend on the others.
+    convert: (name, block) → what stands in the block's place, asked as soon as a block is made: of a model that is quantised
+    so, one block at a time takes its full size.  keep: False makes each block anew whenever the model runs and holds none, so
+    that a model of any size computes.
     Raises ModelError for a name whose shape is not known here, or a folder that is no model.
     """
     import transformers
 
+    config = _shape(name)
+    count = config.num_hidden_layers = min(layers or config.num_hidden_layers, config.num_hidden_layers)
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
+    config.num_hidden_layers = 1  # the others are made as this one was
+    with _seeded(seed, device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    config.num_hidden_layers, config.dtype = count, dtype
+    for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
+        parameter.data = parameter.data.to(dtype)
+    place, blocks = next((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m))
+
+    def make(index: int) -> Any:
+        # Made where it will live: a 13B model need not pass through this machine's memory.
+        with _seeded(seed + 1 + index, device):
+            block = type(blocks[0])(config, layer_idx=index).apply(model._init_weights)
+        block = block.to(dtype).eval().requires_grad_(False)
+        block = block if convert is None else convert(f"{place}.{index}", block)
+        for part in block.modules():
+            if "config" in vars(part):
+                part.config = config  # converting may have copied it; what is set in one must hold for all
+        return block
+
+    made = torch.nn.ModuleList(make(index) for index in range(count)) if keep else _MadeAnew(make, count)
+    model.set_submodule(place, made)
+    described = hashlib.sha256(config.to_json_string().encode()).hexdigest()[:16]
+    return LoadedModel(
+        name=name,
+        model=model,
+        tokenizer=None,
+        fingerprint=f"random:{config.model_type}:{described}:{seed}",
+        context_length=config.max_position_embeddings,
+    )
+
+
+class _MadeAnew(torch.nn.ModuleList):
+    """Blocks that exist while they are used."""
+
+    def __init__(self, make: Callable[[int], Any], count: int) -> None:
+        super().__init__()
+        self._make, self._count = make, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._make, range(self._count))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if isinstance(index, slice) else self._make(index)
+
+
+@contextmanager
+def _seeded(seed: int, device: str) -> Iterator[None]:
+    """Tensors are made on this device, at random but the same each time; what others draw is left as it was."""
+    with torch.random.fork_rng(devices=[] if torch.device(device).type == "cpu" else None), torch.device(device):
+        torch.manual_seed(seed)
+        yield
+
+
+def _shape(name: str) -> Any:
+    """The configuration of a model that can be built without its weights."""
+    import transformers
+
     place = locate_model(name)
     if name in ARCHITECTURES:
-        config = ARCHITECTURES[name].config()
-    elif Path(place).is_dir():
-        try:
-            config = transformers.AutoConfig.from_pretrained(place)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ModelError(f"cannot read the shape of {name!r} from its config.json: {reason}") from error
-    else:
+        return ARCHITECTURES[name].config()
+    if not Path(place).is_dir():
         raise ModelError(
             f"the shape of {name!r} is not known here, so it cannot be built with random weights; accepted: "
             f"{', '.join(known_models())}, or a local folder with its config.json"
         )
-    if layers:
-        config.num_hidden_layers = min(layers, config.num_hidden_layers)
-    if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
-    # Made where it will live: a 13B model need not pass through this machine's memory.
-    with torch.random.fork_rng(devices=[] if torch.device(device).type == "cpu" else None), torch.device(device):
-        torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return LoadedModel(
-        name=name,
-        model=model.eval().requires_grad_(False),
-        tokenizer=None,
-        fingerprint=f"random:{config.model_type}:{hashlib.sha256(config.to_json_string().encode()).hexdigest()[:16]}:{seed}",
-        context_length=config.max_position_embeddings,
-    )
+    try:
+        return transformers.AutoConfig.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"cannot read the shape of {name!r} from its config.json: {reason}") from error
 
 
 def _fingerprint(place: str, config: Any) -> str:

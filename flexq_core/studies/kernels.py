@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
 import os
@@ -37,6 +38,7 @@ from flexq_core.runtime import auto, ops
 from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.sources import paper
 from flexq_core.studies import kernels_gpu
+from flexq_core.studies.kernels_combinations import read_combinations
 from flexq_core.studies.kernels_compared import bandwidth_reached, mean_speedups, title, wgmma_wins
 from flexq_core.studies.parameters import counts, names, require_at_least, require_between
 from flexq_core.workbook.machine import preemptions, provenance
@@ -96,8 +98,9 @@ class KernelStudy:
 
     run: the workbook run whose records and device are used.  shapes: `demo`, `paper` (the 20 of the kernel figure), `paper-a8`
     (those of them that it runs with 8-bit activations) or NxK, comma-separated.  tokens: comma-separated.  methods: any of
-    METHODS, or `default` for the device's.  threads: 0 is torch's number.  repeats: timed calls each, fewer where they would
-    take longer than three seconds; on a GPU replays.
+    METHODS, or `default` for the device's.  combinations: of bits, such as w4a8, for `combination_table`; `usual` or `none`.
+    threads: 0 is torch's number.  repeats: timed calls each, fewer where they would take longer than three seconds; on a GPU
+    replays.
     Raises ValueError before anything is computed, saying what is accepted.
     """
 
@@ -109,6 +112,7 @@ class KernelStudy:
         tokens: str = "1,8,64",
         activation_bits: int = 6,
         methods: str = "default",
+        combinations: str = "usual",
         threads: int = 0,
         repeats: int = 20,
         seed: int = 0,
@@ -116,8 +120,9 @@ class KernelStudy:
         self.run = run
         self.shapes = read_shapes(shapes)
         self.tokens = counts(tokens, "tokens")
-        require_bits(activation_bits, accepted=ACTIVATION_BITS, what="activation_bits")
+        require_bits(activation_bits, what="activation_bits")
         self.on_gpu = torch.device(run.device).type == "cuda"
+        self.combinations = read_combinations(combinations)
         usual = ",".join(DEFAULT_METHODS["cuda" if self.on_gpu else "cpu"])
         asked = names(usual if methods == "default" else methods, METHODS, "method")
         require_between(0, os.cpu_count() or 1, threads=threads)
@@ -182,6 +187,71 @@ class KernelStudy:
         ]
         self._layers = None
         return tabulate(rows, machine)
+
+    def combination_table(self) -> pd.DataFrame:
+        """On a GPU, `bmma` with each combination of bits on the largest shape, one row a case: {combination, outputs, features,
+        tokens, gemm_us, gemm_p10_us, gemm_p90_us, median_us, p10_us, p90_us, error, definition_error, byte_limit_us, skipped}.
+
+        error: against float32, which is what so few bits lose; right is what equals the definition. Where nothing can be timed
+        one record says why, and so does the table's only row.
+        """
+        shape = max(self.shapes, key=math.prod)
+        reason = self._no_combinations()
+        if reason:
+            self._skip_combinations(shape, reason)
+            return pd.DataFrame({"skipped": [reason]})
+        rows = []
+        for precision in self.run.progress(self.combinations, desc="bits", total=len(self.combinations)):
+            made = functools.cache(functools.partial(self._layers_of_bits, shape, precision))
+            for count in self.tokens:
+                limit = limits_us(shape, count, self.machine(), precision.weight_bits)["byte_limit_us"]
+                case = {"combination": str(precision), "outputs": shape[0], "features": shape[1], "tokens": count}
+                rows.append(case | {"byte_limit_us": limit} | self._combination(shape, precision, count, made))
+        table = pd.DataFrame(rows)
+        first = ["combination", "outputs", "features", "tokens", "gemm_us", "median_us", "byte_limit_us"]
+        return table.reindex(columns=list(dict.fromkeys([*first, *table])))
+
+    def _no_combinations(self) -> str:
+        """Why none can be timed, or nothing."""
+        if not self.combinations:
+            return "no combination of bits was asked for"
+        if not self.on_gpu:
+            return "bit planes are multiplied on NVIDIA GPUs only"
+        try:
+            ops.resolve_backend("bmma", self.run.device)
+        except ValueError as obstacle:
+            return str(obstacle)
+        return ""
+
+    def _combination(self, shape: Shape, precision: LayerPrecision, tokens: int, made: Callable) -> dict[str, Any]:
+        inputs = {"outputs": shape[0], "features": shape[1], "tokens": tokens, "repeats": self.repeats}
+        x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(self.seed + tokens))
+        with torch.no_grad():
+            records = self.run.records.once(
+                model="x".join(map(str, shape)),
+                method="bmma",
+                seed=self.seed,
+                parameters=inputs | vars(precision) | self._machine_inputs(),
+                compute=lambda: made().measure(x, self.repeats, math.inf),
+            )
+        values: dict[str, Any] = {metric: record.value for metric, record in records.items()}
+        return values | {"skipped": records["skipped"].reason if "skipped" in records else ""}
+
+    def _layers_of_bits(self, shape: Shape, precision: LayerPrecision) -> kernels_gpu.GpuLayers:
+        bits = precision.activation_bits
+        return kernels_gpu.GpuLayers(shape, "bmma", bits, self.run.device, self.seed, precision.weight_bits)
+
+    def _skip_combinations(self, shape: Shape, reason: str) -> None:
+        def skip() -> dict[str, Measurement]:
+            raise Skipped(reason)
+
+        self.run.records.once(
+            model="x".join(map(str, shape)),
+            method="bmma",
+            seed=self.seed,
+            parameters={"combinations": [str(precision) for precision in self.combinations]} | self._machine_inputs(),
+            compute=skip,
+        )
 
     def _machine_inputs(self) -> dict[str, Any]:
         return {"device": provenance(self.run.device)["device"], "threads": self.threads}
@@ -317,15 +387,15 @@ def read_shapes(text: str) -> tuple[Shape, ...]:
     return tuple(dict.fromkeys(tuple(map(int, item.split("x"))) for item in items))
 
 
-def limits_us(shape: Shape, tokens: int, machine: dict[str, float]) -> dict[str, float]:
-    """The least time a 6-bit layer could take on this machine, in microseconds.
+def limits_us(shape: Shape, tokens: int, machine: dict[str, float], weight_bits: int = 6) -> dict[str, float]:
+    """The least time a layer of so many bits could take on this machine, in microseconds.
 
     byte_limit_us: its weights with their scales, activations in and outputs out (float32; on a GPU float16), at the bandwidth
     of reading, on a GPU of copying.  compute_limit_us: 2 M N K operations at the measured INT8 rate.  limit_us: the larger.
     """
     outputs, features = shape
     bandwidth = machine.get("copy_bandwidth_gbps", machine["read_bandwidth_gbps"])
-    read_us = _bytes_moved(shape, tokens, BITS_PER_WEIGHT, machine) / bandwidth / 1e3
+    read_us = _bytes_moved(shape, tokens, weight_bits + 16 / GROUP_SIZE, machine) / bandwidth / 1e3
     compute_us = 2 * tokens * outputs * features / machine["int8_rate_gops"] / 1e3
     return {"byte_limit_us": read_us, "compute_limit_us": compute_us, "limit_us": max(read_us, compute_us)}
 
@@ -595,9 +665,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--tokens", type=int, nargs="+", default=[1, 8, 64, 512], help="batch sizes (default: 1 8 64 512)"
     )
     parser.add_argument("--shapes", nargs="+", default=["demo"], help="NxK, or demo, paper or paper-a8 (default: demo)")
-    parser.add_argument("--activation-bits", type=int, choices=(6, 8), default=6, help="(default: 6)")
+    parser.add_argument("--activation-bits", type=int, choices=ACTIVATION_BITS, default=6, help="(default: 6)")
     parser.add_argument(
         "--methods", nargs="+", choices=("default", *METHODS), default=["default"], help="(default: the device's usual)"
+    )
+    parser.add_argument(
+        "--combinations", nargs="+", default=["none"], help="of bits on a GPU: usual, or w4a8 ... (default: none)"
     )
     parser.add_argument("--threads", type=int, default=0, help="(default: torch's)")
     parser.add_argument("--repeats", type=int, default=30, help="timed calls each, or replays on a GPU (default: 30)")
@@ -619,7 +692,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error("--write-auto-table needs --outputs with records of a GPU")
         print(pd.DataFrame(write_auto_table(tables)).to_string(index=False))
         return 0
-    for name in ("tokens", "shapes", "methods"):
+    for name in ("tokens", "shapes", "methods", "combinations"):
         options[name] = ",".join(map(str, options[name]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as temporary:
@@ -630,14 +703,15 @@ def main(arguments: list[str] | None = None) -> int:
         except ValueError as error:
             parser.error(str(error))
         table = study.table()
+        combined = study.combination_table() if study.combinations else None
         if folder:
             path = run.records.path
             write_jsonl(path, [record for record in read_jsonl(path) if is_current(record)])
-    _print(study, table)
+    _print(study, table, combined)
     return 0
 
 
-def _print(study: KernelStudy, table: pd.DataFrame) -> None:
+def _print(study: KernelStudy, table: pd.DataFrame, combined: pd.DataFrame | None) -> None:
     def show(rows: pd.DataFrame) -> None:
         print(rows.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
 
@@ -646,6 +720,8 @@ def _print(study: KernelStudy, table: pd.DataFrame) -> None:
     show(table)
     if study.card:
         show(mean_speedups(table))
+    if combined is not None:
+        show(combined)
     for claim, holds, detail in claims(table, study.card):
         print(f"{ {True: 'holds', False: 'FAILS', None: 'cannot tell'}[holds]:<12}{claim} ({detail})")
 

@@ -101,6 +101,23 @@ def mean_speedups(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["baseline", "tokens", "decode", "shapes", "product", "layer"])
 
 
+def crossovers(table: pd.DataFrame) -> pd.DataFrame:
+    """On a GPU, up to how many tokens FlexQ wins: {outputs, features, baseline, faster_up_to, slower_from}.
+
+    By baseline of RIVALS, of the numbers of tokens measured with both: slower_from is the first with which FlexQ's product takes
+    longer than the baseline's, or None; faster_up_to the largest before it, or None.
+    """
+    rows = []
+    for baseline in RIVALS:
+        for (outputs, features), mine in speedups(table, baseline).groupby(["outputs", "features"], sort=False):
+            slower = mine.loc[mine["speedup"] < 1, "tokens"].min()
+            faster = mine.loc[~(mine["tokens"] >= slower), "tokens"].max()
+            told = (None if math.isnan(count) else int(count) for count in (faster, slower))
+            rows.append((outputs, features, title(baseline), *told))
+    columns = ["outputs", "features", "baseline", "faster_up_to", "slower_from"]
+    return pd.DataFrame(rows, columns=columns, dtype=object)
+
+
 def _geometric_mean(values: pd.Series) -> float:
     return float(np.exp(np.log(values).mean()))
 
@@ -145,12 +162,19 @@ def _shapes(table: pd.DataFrame) -> list[tuple[int, int]]:
     return list(table[["outputs", "features"]].drop_duplicates().itertuples(index=False, name=None))
 
 
-def plot_times(table: pd.DataFrame) -> Figure:
-    """Time by tokens, a line a method and the limit, a panel a shape; of more than four shapes four from small to large."""
-    shapes = _shapes(table)
+def _four_shapes(table: pd.DataFrame) -> list[tuple[int, int]]:
+    """Of those measured with the most numbers of tokens at most four, from small to large."""
+    counted = table.groupby(["outputs", "features"], sort=False)["tokens"].nunique()
+    shapes = list(counted[counted == counted.max()].index)
     if len(shapes) > 4:
         by_size = sorted(shapes, key=math.prod)
         shapes = [by_size[round(place * (len(shapes) - 1) / 3)] for place in range(4)]
+    return shapes
+
+
+def plot_times(table: pd.DataFrame) -> Figure:
+    """Time by tokens, a line a method and the limit, a panel a shape; of more than four shapes four from small to large."""
+    shapes = _four_shapes(table)
     columns, lines = min(2, len(shapes)), math.ceil(len(shapes) / 2)
     size = (figures.HALF_PAGE[0], 1.9 * lines + 0.9)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey="row", layout="constrained")
@@ -161,6 +185,34 @@ def plot_times(table: pd.DataFrame) -> Figure:
         axis.set_visible(False)
     for axis in axes[:, 0]:
         axis.set_ylabel("time (µs)")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
+def plot_rates(table: pd.DataFrame) -> Figure:
+    """On a GPU, by tokens: operations a second, and the share of what the machine allows; a line a method, a column a shape.
+
+    The share is the least time for 6-bit weights (`limits_us`) by the product's: a library that reads wider weights has less to
+    hope for with few tokens.
+    """
+    shapes = _four_shapes(table)
+    size = (figures.HALF_PAGE[0], 4.4)
+    figure, axes = plt.subplots(
+        2, len(shapes), figsize=size, squeeze=False, sharex=True, sharey="row", layout="constrained"
+    )
+    for (rates, shares), (outputs, features) in zip(axes.T, shapes, strict=True):
+        mine = table[(table["outputs"] == outputs) & (table["features"] == features)].dropna(subset=["gemm_us"])
+        for index, (method, rows) in enumerate(mine.groupby("method", sort=False)):
+            rows = rows.sort_values("tokens")
+            style = {"color": _COLOURS.get(method, figures.SEQUENCE[3]), "marker": _MARKERS[index % len(_MARKERS)]}
+            style |= {"markersize": 3, "lw": 1.2}
+            rates.plot(rows["tokens"], rows["gops"] / 1e3, label=title(method), **style)
+            shares.plot(rows["tokens"], 100 * rows["limit_us"] / rows["gemm_us"], **style)
+        rates.set(xscale="log", yscale="log", title=f"{outputs}\n× {features}")
+        shares.set(xlabel="tokens", ylim=(0, 105))
+    axes[0, 0].set_ylabel("TOP/s")
+    axes[1, 0].set_ylabel("of the limit (%)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
@@ -253,7 +305,9 @@ def plot_bandwidth(table: pd.DataFrame, tokens: int = 1) -> Figure:
 
 
 def gpu_figures(table: pd.DataFrame, where: str) -> Iterator[tuple[Figure, str, str]]:
-    """(figure, name, caption) of the speed-ups over each of RIVALS and of the bandwidth reached.  where: for the captions."""
+    """(figure, name, caption) of rates, speed-ups over each of RIVALS and the bandwidth reached.  where: for captions."""
+    told = f"Operations a second, and the share of what the machine allows for 6-bit weights, by tokens, {where}"
+    yield plot_rates(table), "rates", told
     for rival in RIVALS:
         told = (
             f"Speed-up of FlexQ's product over {title(rival)}'s, {where} (filled), and of the paper's kernel over INT8 cuBLAS "

@@ -48,11 +48,19 @@ class Product(NamedTuple):
 class GpuLayers:
     """A linear layer of one shape under one method, and as many copies of its weights as keep each out of the L2 cache.
 
-    shape: N × K.  method: one of METHODS.  activation_bits: FlexQ's.  device: a CUDA device.
+    shape: N × K.  method: one of METHODS.  activation_bits, weight_bits: FlexQ's.  device: a CUDA device.
     Raises Skipped where this machine cannot run the method.
     """
 
-    def __init__(self, shape: tuple[int, int], method: str, activation_bits: int, device: str, seed: int) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        method: str,
+        activation_bits: int,
+        device: str,
+        seed: int,
+        weight_bits: int = 6,
+    ) -> None:
         if method not in METHODS:
             raise Skipped(f"{method} runs on processors, or waits for one, and no CUDA graph can replay it")
         self.shape, self.method, self.device = shape, method, torch.device(device)
@@ -60,7 +68,7 @@ class GpuLayers:
         outputs, features = shape
         generator = torch.Generator(self.device).manual_seed(seed)
         self.weight = torch.randn(outputs, features, generator=generator, device=self.device) / math.sqrt(features)
-        self._operands = METHODS[method](self.weight, activation_bits, method)
+        self._operands = METHODS[method](self.weight, LayerPrecision(weight_bits, activation_bits), method)
         stored = self._operands.stored
         cold = 2 * torch.cuda.get_device_properties(self.device).L2_cache_size
         size = getattr(self._operands, "stored_bytes", stored.numel() * stored.element_size())
@@ -160,16 +168,15 @@ def _quantiles(metrics: str, times: Tensor, note: str = "") -> dict[str, Measure
 class _FlexQ:
     """The CUDA kernels, on weights in the order that the backend reads."""
 
-    def __init__(self, weight: Tensor, activation_bits: int, backend: str) -> None:
+    def __init__(self, weight: Tensor, precision: LayerPrecision, backend: str) -> None:
+        self._bits, self._backend = precision.activation_bits, backend
         try:
-            ops.resolve_backend(backend, weight.device)
+            ops.resolve_backend(backend, weight.device, precision.weight_bits, activation_bits=self._bits)
         except ValueError as obstacle:
             raise Skipped(str(obstacle)) from None
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        precision = LayerPrecision(6, activation_bits)
         self._layer = FlexQLinear.from_linear(linear, precision=precision, backend=backend)
-        self._bits, self._backend = activation_bits, backend
         self.stored = self._layer.prepare()[1]
 
     def products(self, x: Tensor) -> list[Product]:
@@ -185,14 +192,15 @@ class _FlexQ:
 
     def definition(self, x: Tensor) -> Tensor:
         layer = self._layer
-        packed = (layer.weight, layer.weight_scale, layer.weight_exponent)
-        return ops.w6ax_linear(x, *packed, None, 6, self._bits, layer.group_size, "reference")
+        packed = (*layer.canonical(), layer.weight_exponent)
+        bits = layer.precision.weight_bits
+        return ops.w6ax_linear(x, *packed, None, bits, self._bits, layer.group_size, "reference")
 
 
 class _Floating:
     """cuBLAS on unquantised operands."""
 
-    def __init__(self, weight: Tensor, activation_bits: int, method: str) -> None:
+    def __init__(self, weight: Tensor, precision: LayerPrecision, method: str) -> None:
         self.stored = weight.to(DTYPES[method])
 
     def products(self, x: Tensor) -> list[Product]:
@@ -203,7 +211,7 @@ class _Floating:
 class _CublasInt8:
     """`torch._int_mm`: weights with a scale an output, activations with one a token; the sums are left as int32."""
 
-    def __init__(self, weight: Tensor, activation_bits: int, method: str) -> None:
+    def __init__(self, weight: Tensor, precision: LayerPrecision, method: str) -> None:
         self.stored, self._scale = _int8_rows(weight)
 
     def products(self, x: Tensor) -> list[Product]:
@@ -224,7 +232,7 @@ class _CublasInt8:
 class _CublasltFp8:
     """`torch._scaled_mm`: e4m3 with one scale a tensor, which the product applies, and float16 outputs."""
 
-    def __init__(self, weight: Tensor, activation_bits: int, method: str) -> None:
+    def __init__(self, weight: Tensor, precision: LayerPrecision, method: str) -> None:
         if torch.cuda.get_device_capability(weight.device) < (8, 9):
             raise Skipped(f"{torch.cuda.get_device_name(weight.device)} has no FP8 tensor cores")
         self.stored, self._scale = _fp8(weight)
@@ -246,7 +254,7 @@ class _CublasltFp8:
 class _TorchaoInt8:
     """torchao's weight-only INT8, compiled, as it is meant to be used."""
 
-    def __init__(self, weight: Tensor, activation_bits: int, method: str) -> None:
+    def __init__(self, weight: Tensor, precision: LayerPrecision, method: str) -> None:
         try:
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
         except ImportError as error:
@@ -280,9 +288,9 @@ def _fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 DTYPES = {"torch-fp32": torch.float32, "torch-fp16": torch.float16, "torch-bf16": torch.bfloat16}
 LIBRARIES = {"cublas-int8": _CublasInt8, "cublaslt-fp8": _CublasltFp8, "torchao-int8wo": _TorchaoInt8}
 """Methods that run on GPUs only, beside FlexQ's own."""
-METHODS: dict[str, Callable[[Tensor, int, str], Any]] = {
+METHODS: dict[str, Callable[[Tensor, LayerPrecision, str], Any]] = {
     **dict.fromkeys(cuda.ORDERS, _FlexQ),
     **dict.fromkeys(DTYPES, _Floating),
     **LIBRARIES,
 }
-"""Method → what makes its operands from weight [N, K] float32, activation bits and its own name."""
+"""Method → what makes its operands from weight [N, K] float32, FlexQ's precision and its own name."""

@@ -17,6 +17,7 @@ METHOD_COLOURS = {
     "bf16": "#5c6670",
     "w8a16": "#e69f00",
     "w8a8": "#cc79a7",
+    "fp8": "#f0e442",
     "rtn-w6a6": NEUTRAL,
     "smoothquant-w8a8": "#cc79a7",
     "smoothquant-w6a6": "#e69f00",

@@ -35,7 +35,7 @@ def _machine(device: str) -> dict[str, Any]:
         "dirty": None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no")),
         "versions": versions,
         "device": torch.cuda.get_device_name(device) if on_gpu else processor_name(),
-        "driver": _driver() if on_gpu else None,
+        "driver": driver() if on_gpu else None,
     }
 
 
@@ -60,7 +60,8 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _driver() -> str | None:
+def driver() -> str | None:
+    """The version of NVIDIA's driver, or None where there is none."""
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(query, capture_output=True, text=True, timeout=20)

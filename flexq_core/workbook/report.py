@@ -110,7 +110,7 @@ def gpu_kernel_times(records: pd.DataFrame) -> pd.DataFrame:
     cases: dict[tuple, dict] = {}
     for row in mine.itertuples():
         p = row.parameters
-        if "tokens" in p:
+        if "tokens" in p and "weight_bits" not in p:  # those are times of combinations of bits
             where = (
                 row.device,
                 p.get("activation_bits", float("nan")),

@@ -1,4 +1,5 @@
 // The CUDA kernels as Python functions. Free of torch: operands come as addresses that flexq_core/runtime/cuda.py has checked.
+// A build for weights of another width (FLEXQ_WEIGHT_BITS) holds w6ax_bmma alone, as `linear`.
 #include <pybind11/pybind11.h>
 
 #include <tuple>
@@ -39,9 +40,12 @@ void bind_linear(Address weight, Address exponent, Address bias, int bias_type, 
   const Linear linear{pointer<uint8_t>(weight), pointer<int8_t>(exponent), pointer(bias), pointer<uint8_t>(activations), pointer(y), tokens,
                       outputs,                  groups,                    Float(y_type), Float(bias_type)};
   switch (Order(order)) {
-    case Order::bytes: return w6ax_imma(linear, token_tiles, pointer<CUstream_st>(stream));
     case Order::planes: return w6ax_bmma(linear, token_tiles, activation_bits, pointer<CUstream_st>(stream));
+#ifndef FLEXQ_WEIGHT_BITS
+    case Order::bytes: return w6ax_imma(linear, token_tiles, pointer<CUstream_st>(stream));
     case Order::swizzled: return w6ax_wgmma(linear, token_tiles, pointer<CUstream_st>(stream));
+#endif
+    default: throw std::invalid_argument("order is " + std::to_string(order) + "; not in this build");
   }
 }
 
@@ -50,9 +54,11 @@ void bind_linear(Address weight, Address exponent, Address bias, int bias_type, 
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using namespace flexq;
+  module.def("linear", &bind_linear);
+#ifndef FLEXQ_WEIGHT_BITS
   module.def("record_bytes", [](int order, int bits, int token_tiles) { return activation_record_bytes(Order(order), bits, token_tiles); });
-  module.def("repack", [](Address weight, Address scale, Address chunks, int outputs, int groups, int order, Address stream) {
-    repack(pointer(weight), pointer(scale), pointer(chunks), outputs, groups, order, pointer<CUstream_st>(stream));
+  module.def("repack", [](Address weight, Address scale, Address chunks, int outputs, int groups, int bits, int order, Address stream) {
+    repack(pointer(weight), pointer(scale), pointer(chunks), outputs, groups, bits, order, pointer<CUstream_st>(stream));
   });
   module.def("quantize_activation", [](Matrix x, int type, Quantized to, Address stream) {
     quantize_activation(rows(x), Float(type), records(to), pointer<CUstream_st>(stream));
@@ -65,5 +71,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   });
   module.def("rms_norm_quantize", &bind_norm<rms_norm_quantize>);
   module.def("layer_norm_quantize", &bind_norm<layer_norm_quantize>);
-  module.def("linear", &bind_linear);
+#endif
 }

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 
 namespace flexq {
@@ -16,7 +17,7 @@ struct Norm;
 struct Records;
 struct Rows;
 
-void repack(const void* weight, const void* scale, void* chunks, int outputs, int groups, int order, cudaStream_t stream);
+void repack(const void* weight, const void* scale, void* chunks, int outputs, int groups, int bits, int order, cudaStream_t stream);
 
 void quantize_activation(const Rows& x, Float type, const Records& records, cudaStream_t stream);
 void relu_quantize(const Rows& x, Float type, const Records& records, cudaStream_t stream);
@@ -55,27 +56,51 @@ int blocks_at_once(const char* what, Kernel kernel, int threads, int shared_byte
   return known[{kernel, device}] = blocks * multiprocessors;
 }
 
-// Launches a kernel that may start while the one before it on the stream still runs, where the card can (Hopper and later);
-// `cluster` neighbouring blocks share an address space.
+// A launch that may start while the kernel before it on the stream still runs, where the card can (Hopper and later); `cluster`
+// neighbouring blocks share an address space.
+struct Launch {
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t config{};
+
+  Launch(const char* what, dim3 grid, int threads, int shared_bytes, int cluster, cudaStream_t stream) {
+    int device = 0, major = 0;
+    check(cudaGetDevice(&device), what);
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), what);
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {unsigned(cluster), 1, 1};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = major < 9 ? 0 : cluster == 1 ? 1 : 2;
+  }
+  Launch(const Launch&) = delete;  // config points into it
+};
+
 template <class Kernel, class... Arguments>
 void launch(const char* what, Kernel kernel, dim3 grid, int threads, int shared_bytes, int cluster, cudaStream_t stream,
             Arguments... arguments) {
-  int device = 0, major = 0;
+  const Launch how(what, grid, threads, shared_bytes, cluster, stream);
+  check(cudaLaunchKernelEx(&how.config, kernel, arguments...), what);
+}
+
+// How many clusters of so many blocks the current card runs at once: fewer than its blocks would make, since the multiprocessors
+// that a cluster may use are not all together. Asked once a kernel, card and size; `blocks_at_once` was asked before.
+template <class Kernel>
+int clusters_at_once(const char* what, Kernel kernel, int threads, int shared_bytes, int cluster) {
+  static std::mutex guard;
+  static std::map<std::tuple<Kernel, int, int>, int> known;
+  int device = 0, clusters = 0;
   check(cudaGetDevice(&device), what);
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), what);
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {unsigned(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = major < 9 ? 0 : cluster == 1 ? 1 : 2;
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
+  const std::lock_guard<std::mutex> held(guard);
+  const auto found = known.find({kernel, device, cluster});
+  if (found != known.end()) return found->second;
+  const Launch how(what, dim3(cluster), threads, shared_bytes, cluster, nullptr);
+  check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &how.config), what);
+  return known[{kernel, device, cluster}] = clusters;
 }
 
 }  // namespace flexq

@@ -21,8 +21,17 @@ namespace flexq {
 
 constexpr int kGroup = 128;
 constexpr int kChunkRows = 32;
-constexpr int kCodeBytes = kChunkRows * kGroup * 6 / 8;
-constexpr int kChunkBytes = kCodeBytes + kChunkRows * 2;
+
+// Bits of a weight: 6, but for w6ax_bmma, which flexq_core/runtime/build.py compiles for others on demand.
+#ifdef FLEXQ_WEIGHT_BITS
+constexpr int kWeightBits = FLEXQ_WEIGHT_BITS;
+#else
+constexpr int kWeightBits = 6;
+#endif
+
+__host__ __device__ constexpr int code_bytes(int weight_bits) { return kChunkRows * kGroup * weight_bits / 8; }
+__host__ __device__ constexpr int chunk_bytes(int weight_bits) { return code_bytes(weight_bits) + kChunkRows * 2; }
+constexpr int kCodeBytes = code_bytes(kWeightBits), kChunkBytes = chunk_bytes(kWeightBits);
 constexpr int kTokenTile = 8;
 
 // Kinds of number that x, y and bias may have; the values are part of the binding.
@@ -32,7 +41,8 @@ enum class Float : int { f32 = 0, f16 = 1, bf16 = 2 };
 //   bytes (w6ax_imma): two's complement. Register r = 4 s + j of a half (k-step s, register j of the instruction) holds four codes
 //     of row g + 8 (j & 1), k = 64 (i / 4) + 16 q + 4 (i % 4) .. for i = 2 s + j / 2. Their upper four bits are nibbles of word
 //     r / 2 (even r: the upper ones), the lower two are field r % 4 of word 8 + r / 4.
-//   planes (w6ax_bmma): offset binary (q + 32). Word 2 p + h holds bit p of row g + 8 h, k = 32 q .. 32 q + 31.
+//   planes (w6ax_bmma): b bits in offset binary (q + 2^(b - 1)). Word 2 p + h holds bit p of row g + 8 h, k = 32 q .. 32 q + 31. With other
+//     than 6 bits a half has 2 b words a lane in b / 2 vectors of 16 bytes and, where b is odd, one of 8.
 //   swizzled (w6ax_wgmma): weights as for bytes; activations as the tensor cores read them from shared memory.
 enum class Order : int { bytes = 0, planes = 1, swizzled = 2 };
 

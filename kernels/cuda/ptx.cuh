@@ -27,6 +27,13 @@ __device__ __forceinline__ void mma_b1(int32_t (&c)[4], uint32_t a0, uint32_t a1
       : "r"(a0), "r"(a1), "r"(b));
 }
 
+// Two such products in one instruction: c += popcount(a & b) + popcount(d & e).
+__device__ __forceinline__ void mma_b1_two(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint32_t b, uint32_t d0, uint32_t d1, uint32_t e) {
+  asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(d0), "r"(d1), "r"(b), "r"(e));
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -121,19 +121,20 @@ __device__ __forceinline__ void quantize_group(const float (&value)[4], const Re
 #pragma unroll
   for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(value[i]) & 0x7fffffffu);
   largest = __reduce_max_sync(0xffffffffu, largest);
-  const float most = p.bits == 8 ? 127.0f : 31.0f;
+  const float most = float((1 << (p.bits - 1)) - 1);
   // A group that is not finite keeps no codes, and its scale makes each of its token's outputs NaN.
   const float scale = largest < 0x7f800000u ? __fdiv_rn(__uint_as_float(largest), most) : __uint_as_float(0x7fffffffu);
 
   float lifted[4] = {value[0], value[1], value[2], value[3]}, divisor = scale;
-  if (!(scale >= 0x1p-100f)) {
-    // Nothing to divide, or so small that remainders would be subnormal: then 2^120 times both. A subnormal scale is coarse, and quotients
-    // by it may exceed what codes can hold; by others none exceeds `most` by half.
-    constexpr float kLift = 0x1p120f;
-    divisor = scale > 0.0f ? scale * kLift : 1.0f;
+  if (!(scale >= 0x1p-100f && scale <= 0x1p120f)) {
+    // Nothing to divide; or so small that remainders would be subnormal, then 2^120 times both; or so large (which takes two or three
+    // bits) that the reciprocal would be, then 2^-20 times. A subnormal scale is coarse, and quotients by it may exceed what codes can
+    // hold; by others none exceeds `most` by half.
+    const float lift = scale < 1.0f ? 0x1p120f : 0x1p-20f;
+    divisor = scale > 0.0f ? scale * lift : 1.0f;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      lifted[i] = scale > 0.0f ? fminf(fmaxf(value[i] * kLift, (-most - 1.0f) * divisor), most * divisor) : 0.0f;
+      lifted[i] = scale > 0.0f ? fminf(fmaxf(value[i] * lift, (-most - 1.0f) * divisor), most * divisor) : 0.0f;
   }
   // The reciprocal is shared, and one step of Markstein's makes each quotient the correctly rounded one.
   const float inverse = __frcp_rn(divisor);

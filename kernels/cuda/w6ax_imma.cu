@@ -10,8 +10,8 @@
 namespace flexq {
 namespace {
 
-template <int kTokenTiles, int kWarps, int kStages>
-__global__ void __launch_bounds__(kWarps * 32, 1) w6ax_imma_kernel(const __grid_constant__ Linear p) {
+template <int kTokenTiles, int kWarps, int kStages, int kBlocks>
+__global__ void __launch_bounds__(kWarps * 32, kBlocks) w6ax_imma_kernel(const __grid_constant__ Linear p) {
   using Parts = RingKernel<Order::bytes, 8, kTokenTiles, kWarps, kStages>;
   extern __shared__ __align__(128) uint8_t shared[];
   allow_next_kernel();
@@ -71,14 +71,16 @@ __global__ void __launch_bounds__(kWarps * 32, 1) w6ax_imma_kernel(const __grid_
   }
 }
 
-// Returns whether the card has the shared memory for this shape.
-template <int kTokenTiles, int kWarps, int kStages>
+// Returns whether the card has the shared memory for this shape and, with kBlocks = 2 blocks on a multiprocessor, whether it pays: where
+// all but a few multiprocessors would be idle while those have a second tile, it is better that all tiles begin at once.
+template <int kTokenTiles, int kWarps, int kStages, int kBlocks = 1>
 bool run(const Linear& p, cudaStream_t stream) {
   using Parts = RingKernel<Order::bytes, 8, kTokenTiles, kWarps, kStages>;
-  const auto kernel = w6ax_imma_kernel<kTokenTiles, kWarps, kStages>;
+  const auto kernel = w6ax_imma_kernel<kTokenTiles, kWarps, kStages, kBlocks>;
   const int most = blocks_at_once("w6ax_imma", kernel, kWarps * 32, Parts::kSharedBytes);
   if (most == 0) return false;
-  const int tiles = Tiles(p, kTokenTiles * kTokenTile).count();
+  const int tiles = Tiles(p, kTokenTiles * kTokenTile).count(), second = tiles - most / kBlocks;
+  if (kBlocks > 1 && !(0 < second && second < most / kBlocks / 3)) return false;
   launch("w6ax_imma", kernel, dim3(tiles < most ? tiles : most), kWarps * 32, Parts::kSharedBytes, 1, stream, p);
   return true;
 }
@@ -88,9 +90,9 @@ bool run(const Linear& p, cudaStream_t stream) {
 void w6ax_imma(const Linear& p, int token_tiles, cudaStream_t stream) {
   bool done = false;
   switch (token_tiles) {
-    case 1: done = run<1, 12, 3>(p, stream) || run<1, 8, 2>(p, stream); break;
-    case 2: done = run<2, 8, 4>(p, stream) || run<2, 8, 2>(p, stream); break;
-    case 4: done = run<4, 8, 3>(p, stream) || run<4, 4, 2>(p, stream); break;
+    case 1: done = run<1, 8, 3, 2>(p, stream) || run<1, 12, 3>(p, stream) || run<1, 8, 2>(p, stream); break;
+    case 2: done = run<2, 8, 2, 2>(p, stream) || run<2, 8, 4>(p, stream) || run<2, 8, 2>(p, stream); break;
+    case 4: done = run<4, 4, 3, 2>(p, stream) || run<4, 8, 3>(p, stream) || run<4, 4, 2>(p, stream); break;
     case 8: done = run<8, 8, 2>(p, stream) || run<8, 2, 2>(p, stream); break;
     default: throw std::invalid_argument("token_tiles is " + std::to_string(token_tiles) + "; accepted: 1, 2, 4, 8");
   }

@@ -1,9 +1,9 @@
 // W6Ax for many tokens on Hopper: 6-bit weights become bytes in registers and meet the activations in shared memory (s8 wgmma).
 //
-// A block computes 128 kBlocks outputs x kTokens tokens. One warp fetches and leaves; two warpgroups multiply, each 64 kBlocks outputs.
-// Weights go from shared memory to registers, where a code costs 0.8 instructions to expand, and from there straight into the tensor
-// cores: what is expanded is never stored. While the tensor cores multiply one group, the warpgroup reads the next; then it scales and
-// adds the sums in float32, three instructions a sum and group.
+// A block computes 128 outputs x kTokens tokens. One warp fetches and leaves; two warpgroups multiply, each 64 outputs. Weights go from
+// shared memory to registers, where a code costs 0.8 instructions to expand, and from there straight into the tensor cores: what is
+// expanded is never stored. Then the sums are scaled and added in float32, three instructions a sum and group: more time than the tensor
+// cores take. So with 256 tokens they multiply 64 of them while the warpgroup adds the 64 before.
 //
 // Where there are fewer tiles than multiprocessors, a cluster of blocks shares the groups of a tile, and each block adds up its share of
 // the tokens from its neighbours' shared memory, in their order: the result does not depend on timing.
@@ -18,18 +18,21 @@
 namespace flexq {
 namespace {
 
-constexpr int kTeamWarps = 8;  // two warpgroups
-constexpr int kMostSplit = 8;  // blocks of a cluster
+constexpr int kRows = 128;       // of a tile
+constexpr int kTeamWarps = 8;    // two warpgroups
+constexpr int kMostSplit = 8;    // blocks of a cluster
+constexpr int kLeastGroups = 4;  // of a block of a cluster
 
-template <int kTokens, int kBlocks, int kStages>
+// kUnit: tokens that are multiplied at once.
+template <int kTokens, int kUnit, int kStages>
 struct Shape {
   // With up to 32 tokens two blocks fit a multiprocessor, and one multiplies while the other waits. With 64 a block has two teams for
   // that, which take the groups in turn. From there on the multiplying warps want more registers than their share: they take those
   // of the fetching warp, for which it has a warpgroup to itself, since registers move between whole ones only.
   static constexpr int kTeams = kTokens == 64 ? 2 : 1, kConsumerWarps = kTeams * kTeamWarps, kConsumers = kConsumerWarps * 32;
-  static constexpr int kRegisters = kTokens == 128 ? 240 : kTokens == 64 ? 112 : 0;  // 0: as the compiler allots them
+  static constexpr int kRegisters = kTokens >= 128 ? 240 : kTokens == 64 ? 112 : 0;  // 0: as the compiler allots them
   static constexpr int kThreads = kConsumers + (kRegisters ? 128 : 32), kBlocksAtOnce = kRegisters ? 1 : 2;
-  static constexpr int kRows = 128 * kBlocks, kChunks = kRows / kChunkRows;
+  static constexpr int kChunks = kRows / kChunkRows;
   static constexpr int kRecordBytes = activation_record_bytes(Order::swizzled, 8, kTokens / kTokenTile);
   // Swizzled operands begin at multiples of 1024 bytes, and so does every stage: the record first, then the chunks.
   static constexpr int kStageBytes = (kRecordBytes + kChunks * kChunkBytes + 1023) / 1024 * 1024;
@@ -39,11 +42,12 @@ struct Shape {
   static_assert(kTeams * kTeamSums * 4 <= kStages * kStageBytes, "the sums fit where the stages were");
 };
 
-template <int kTokens, int kBlocks, int kStages>
-__global__ void __launch_bounds__(Shape<kTokens, kBlocks, kStages>::kThreads, Shape<kTokens, kBlocks, kStages>::kBlocksAtOnce)
+template <int kTokens, int kUnit, int kStages>
+__global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shape<kTokens, kUnit, kStages>::kBlocksAtOnce)
     w6ax_wgmma_kernel(const __grid_constant__ Linear p, int token_tiles, int split) {
 #if __CUDA_ARCH__ >= 900  // the host never launches it elsewhere
-  using Parts = Shape<kTokens, kBlocks, kStages>;
+  using Parts = Shape<kTokens, kUnit, kStages>;
+  constexpr int kUnits = kTokens / kUnit, kBuffers = kUnits > 1 ? 2 : 1;
   extern __shared__ uint8_t unaligned[];
   uint8_t* shared = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
   auto* full = reinterpret_cast<uint64_t*>(shared + kStages * Parts::kStageBytes);
@@ -54,8 +58,8 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kStages>::kThreads, Sh
   const int row_tile = tile / token_tiles, token_tile = tile % token_tiles;
   const int first_group = p.groups * rank / split, groups = p.groups * (rank + 1) / split - first_group;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) barrier_init(full + s, 1), barrier_init(empty + s, kTeamWarps);
+  if (threadIdx.x == 0) {  // a stage is empty when every thread of a team has said that it has read it: no warp waits for its lanes
+    for (int s = 0; s < kStages; ++s) barrier_init(full + s, 1), barrier_init(empty + s, kTeamWarps * 32);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -93,56 +97,57 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kStages>::kThreads, Sh
     }
   } else {
     if constexpr (Parts::kRegisters > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Parts::kRegisters));
-    float sums[kBlocks][kTokens / 2] = {};
-    // This warp's half chunk of block b of its warpgroup: rows 64 (kBlocks * warpgroup + b) + 16 (warp % 4) of the tile.
-    const int team = warp / kTeamWarps, warpgroup = warp % kTeamWarps / 4;
-    const auto half_chunk = [&](const uint8_t* stage, int b) {
-      return stage + Parts::kRecordBytes + ((warpgroup * kBlocks + b) * 2 + warp % 4 / 2) * kChunkBytes;
+    // This warp's half chunk: rows 64 * warpgroup + 16 (warp % 4) of the tile.
+    const int team = Parts::kTeams == 1 ? 0 : warp / kTeamWarps, warpgroup = warp % kTeamWarps / 4;
+    const int chunk_at = Parts::kRecordBytes + (warpgroup * 2 + warp % 4 / 2) * kChunkBytes;
+    const Finish finish(p, row_tile * kRows + threadIdx.x % kRows);
+    float sums[kUnits][kUnit / 2] = {};
+    int32_t inner[kBuffers][kUnit / 2] = {};  // of units in turn: while the tensor cores fill one, the other is scaled and added
+    uint32_t words[12], a[4][4];
+    int stage = team, parity = 0;
+    const uint8_t* here = shared + stage * Parts::kStageBytes;
+    const auto load_words = [&] {
+      barrier_wait(full + stage, parity);
+      load_half(here + chunk_at, warp % 2, lane, words);
     };
-    const Finish finish(p, row_tile * Parts::kRows + threadIdx.x % Parts::kRows);
-    uint32_t words[12];
-    const auto load_words = [&](const uint8_t* stage, int b) { load_half(half_chunk(stage, b), warp % 2, lane, words); };
-    int32_t inner[kTokens / 2];
-#pragma unroll
-    for (int e = 0; e < kTokens / 2; ++e) inner[e] = kMagicBits;
-    const auto wait_for = [&](int step) {
-      barrier_wait(full + step % kStages, step / kStages % 2);
-      return shared + step % kStages * Parts::kStageBytes;
-    };
-    if (team < groups) load_words(wait_for(team), 0);
+    if (team < groups) load_words();
     for (int step = team; step < groups; step += Parts::kTeams) {
-      const uint8_t* here = shared + step % kStages * Parts::kStageBytes;
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        uint32_t a[4][4];
-#pragma unroll
-        for (int s = 0; s < 4; ++s) expand(words, s, a[s]);
+      const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(here + chunk_at + kCodeBytes + g * 8 + warp % 2 * 4));
+      const auto* sx = reinterpret_cast<const float2*>(here + kTokens * kGroup) + q;
+      const uint64_t tokens = swizzled_operand(shared_address(here));
+      const auto multiply = [&](int unit) {
         wgmma_fence();
 #pragma unroll
-        for (int s = 0; s < 4; ++s) wgmma_s8<kTokens>(inner, a[s], swizzled_operand(shared_address(here) + 32 * s));
+        for (int s = 0; s < 4; ++s) wgmma_s8<kUnit>(inner[unit % kBuffers], a[s], tokens + (unit * kUnit * kGroup + 32 * s) / 16, s > 0);
         wgmma_commit();
-        if (b + 1 < kBlocks) {
-          load_words(here, b + 1);
-        } else if (step + Parts::kTeams < groups) {
-          load_words(wait_for(step + Parts::kTeams), 0);
-        }
-        const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(half_chunk(here, b) + kCodeBytes + g * 8 + warp % 2 * 4));
-        const float2 start = make_float2(-kMagic * sw.x, -kMagic * sw.y);
-        const auto* sx = reinterpret_cast<const float2*>(here + kTokens * kGroup) + q;
-        wgmma_wait(inner);
+      };
+      uint64_t* const done = empty + stage;
 #pragma unroll
-        for (int j = 0; j < kTokens / 8; ++j) {
-          const float2 s = sx[4 * j];
+      for (int s = 0; s < 4; ++s) expand(words, s, a[s]);
+      multiply(0);
+#pragma unroll
+      for (int unit = 0; unit < kUnits; ++unit) {
+        int32_t(&sum)[kUnit / 2] = inner[unit % kBuffers];
+        if (unit + 1 < kUnits) {
+          multiply(unit + 1);
+          wgmma_wait<1>(sum);
+        } else {
+          stage += Parts::kTeams, here += Parts::kTeams * Parts::kStageBytes;
+          if (stage >= kStages) stage -= kStages, parity ^= 1, here -= kStages * Parts::kStageBytes;
+          if (step + Parts::kTeams < groups) load_words();
+          wgmma_wait<0>(sum);
+        }
+#pragma unroll
+        for (int j = 0; j < kUnit / 8; ++j) {
+          const float2 s = sx[unit * kUnit / 2 + 4 * j];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int e = 4 * j + i;
-            sums[b][e] = fmaf(scaled(inner[e], i < 2 ? sw.x : sw.y, i < 2 ? start.x : start.y), i % 2 ? s.y : s.x, sums[b][e]);
-            inner[e] = kMagicBits;
+            sums[unit][e] = fmaf(__int2float_rn(sum[e]) * (i < 2 ? sw.x : sw.y), i % 2 ? s.y : s.x, sums[unit][e]);
           }
         }
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(empty + step % kStages);
+      barrier_arrive(done);
     }
     wait_for_previous_kernel();
 
@@ -151,40 +156,50 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kStages>::kThreads, Sh
     threads_meet<Parts::kConsumers>();
     auto* buffer = reinterpret_cast<float*>(shared);
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
+    for (int unit = 0; unit < kUnits; ++unit)
 #pragma unroll
-      for (int e = 0; e < kTokens / 2; ++e) {
-        const int token = e / 4 * 8 + 2 * q + e % 2, row = (warpgroup * kBlocks + b) * 64 + warp % 4 * 16 + g + e % 4 / 2 * 8;
-        buffer[team * Parts::kTeamSums + token * Parts::kSumStride + row] = sums[b][e];
+      for (int e = 0; e < kUnit / 2; ++e) {
+        const int token = unit * kUnit + e / 4 * 8 + 2 * q + e % 2, row = warpgroup * 64 + warp % 4 * 16 + g + e % 4 / 2 * 8;
+        buffer[team * Parts::kTeamSums + token * Parts::kSumStride + row] = sums[unit][e];
       }
     if (split == 1)
       threads_meet<Parts::kConsumers>();
     else
       cluster.sync();  // threads that have left do not count
-    const int row = threadIdx.x % Parts::kRows;
-    constexpr int kAtOnce = Parts::kConsumers / Parts::kRows;  // tokens
+    const int row = threadIdx.x % kRows;
+    constexpr int kAtOnce = Parts::kConsumers / kRows;  // tokens
     const auto teams_sum = [&](const float* sums_of_block, int m) {
       const float* at = sums_of_block + m * Parts::kSumStride + row;
       return Parts::kTeams == 1 ? at[0] : at[0] + at[Parts::kTeamSums];
     };
     const auto finish_token = [&](int m, float sum) {
       const int token = token_tile * kTokens + m;
-      if (token < p.tokens && row_tile * Parts::kRows + row < p.outputs)
-        store_float(p.y, int64_t(token) * p.outputs + row_tile * Parts::kRows + row, p.y_type, finish(sum * kExpandedUnit));
+      if (token < p.tokens && row_tile * kRows + row < p.outputs)
+        store_float(p.y, int64_t(token) * p.outputs + row_tile * kRows + row, p.y_type, finish(sum * kExpandedUnit));
     };
     if (split == 1) {
 #pragma unroll 8
-      for (int m = threadIdx.x / Parts::kRows; m < kTokens; m += kAtOnce) finish_token(m, teams_sum(buffer, m));
+      for (int m = threadIdx.x / kRows; m < kTokens; m += kAtOnce) finish_token(m, teams_sum(buffer, m));
     } else {
-      for (int m = rank * kAtOnce + threadIdx.x / Parts::kRows; m < kTokens; m += split * kAtOnce) {
-        float parts[kMostSplit];  // all asked for before the first is needed
+      // All parts of several tokens are asked for before the first is needed: a neighbour's memory is far.
+      constexpr int kBatch = kTokens >= 8 * kAtOnce ? 4 : 1;
+      const int stride = split * kAtOnce;
+      for (int first = rank * kAtOnce + threadIdx.x / kRows; first < kTokens; first += kBatch * stride) {
+        float parts[kBatch][kMostSplit];
 #pragma unroll
-        for (int r = 0; r < kMostSplit; ++r)
-          parts[r] = r < split ? teams_sum(cluster.map_shared_rank(buffer, r), m) : 0.0f;
-        float sum = 0.0f;
+        for (int i = 0; i < kBatch; ++i)
 #pragma unroll
-        for (int r = 0; r < kMostSplit; ++r) sum += parts[r];
-        finish_token(m, sum);
+          for (int r = 0; r < kMostSplit; ++r) {
+            const int m = first + i * stride;
+            parts[i][r] = r < split && m < kTokens ? teams_sum(cluster.map_shared_rank(buffer, r), m) : 0.0f;
+          }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          float sum = 0.0f;
+#pragma unroll
+          for (int r = 0; r < kMostSplit; ++r) sum += parts[i][r];
+          if (first + i * stride < kTokens) finish_token(first + i * stride, sum);
+        }
       }
     }
     if (split > 1) cluster.sync();  // nobody leaves while a neighbour reads from it
@@ -192,15 +207,17 @@ __global__ void __launch_bounds__(Shape<kTokens, kBlocks, kStages>::kThreads, Sh
 #endif
 }
 
-template <int kTokens, int kBlocks, int kStages>
+template <int kTokens, int kUnit, int kStages>
 void run(const Linear& p, cudaStream_t stream) {
-  using Parts = Shape<kTokens, kBlocks, kStages>;
-  const auto kernel = w6ax_wgmma_kernel<kTokens, kBlocks, kStages>;
-  const int most = blocks_at_once("w6ax_wgmma", kernel, Parts::kThreads, Parts::kSharedBytes);
+  using Parts = Shape<kTokens, kUnit, kStages>;
+  const auto kernel = w6ax_wgmma_kernel<kTokens, kUnit, kStages>;
+  blocks_at_once("w6ax_wgmma", kernel, Parts::kThreads, Parts::kSharedBytes);
   const int token_tiles = (p.tokens + kTokens - 1) / kTokens;
-  const int tiles = (p.outputs + Parts::kRows - 1) / Parts::kRows * token_tiles;
-  int split = 1;  // as many blocks as run at once, if each has a few groups to itself
-  while (split < kMostSplit && tiles * split * 2 <= most && p.groups >= 8 * split) split *= 2;
+  const int tiles = (p.outputs + kRows - 1) / kRows * token_tiles;
+  int split = kMostSplit;  // the most with which all clusters run at once and each block has a few groups to itself
+  while (split > 1 && (p.groups < kLeastGroups * split ||
+                       tiles > clusters_at_once("w6ax_wgmma", kernel, Parts::kThreads, Parts::kSharedBytes, split)))
+    --split;
   launch("w6ax_wgmma", kernel, dim3(tiles * split), Parts::kThreads, Parts::kSharedBytes, split, stream, p, token_tiles, split);
 }
 
@@ -208,11 +225,12 @@ void run(const Linear& p, cudaStream_t stream) {
 
 void w6ax_wgmma(const Linear& p, int token_tiles, cudaStream_t stream) {
   switch (token_tiles) {
-    case 2: return run<16, 1, 5>(p, stream);
-    case 4: return run<32, 1, 4>(p, stream);
-    case 8: return run<64, 1, 8>(p, stream);
-    case 16: return p.tokens <= 128 ? run<128, 1, 7>(p, stream) : run<128, 2, 5>(p, stream);
-    default: throw std::invalid_argument("token_tiles is " + std::to_string(token_tiles) + "; accepted: 2, 4, 8, 16");
+    case 2: return run<16, 16, 5>(p, stream);
+    case 4: return run<32, 32, 4>(p, stream);
+    case 8: return run<64, 64, 8>(p, stream);
+    case 16: return run<128, 128, 7>(p, stream);
+    case 32: return run<256, 64, 4>(p, stream);
+    default: throw std::invalid_argument("token_tiles is " + std::to_string(token_tiles) + "; accepted: 2, 4, 8, 16, 32");
   }
 }
 

@@ -8,6 +8,7 @@ import torch
 
 from flexq_core.quant import LayerPrecision, pack_codes, quantize_weight
 from flexq_core.runtime import build, cuda, ops
+from flexq_core.runtime.chunks import unpack_chunks
 from flexq_core.runtime.linear import FlexQLinear
 from tests.kernels import exactness
 
@@ -25,13 +26,26 @@ def nvcc_missing() -> str:
     return ""
 
 
-@pytest.mark.skipif(bool(nvcc_missing()), reason=f"nothing can be compiled: {nvcc_missing()}")
+needs_nvcc = pytest.mark.skipif(bool(nvcc_missing()), reason=f"nothing can be compiled: {nvcc_missing()}")
+
+
+@needs_nvcc
 @pytest.mark.parametrize("source", [name for name in build.CUDA_SOURCES if name.endswith(".cu")])
 def test_compiles_for_every_supported_card_without_spilling(source, tmp_path):
-    targets = [f"-gencode=arch=compute_{card},code=sm_{card}" for card in ("80", "86", "89", "90a")]
+    compiles_without_spilling(source, ("80", "86", "89", "90a"), tmp_path)
+
+
+@needs_nvcc
+def test_bit_planes_of_another_width_compile_without_spilling(tmp_path):
+    compiles_without_spilling("w6ax_bmma.cu", ("80", "90a"), tmp_path, "-DFLEXQ_WEIGHT_BITS=5")
+
+
+def compiles_without_spilling(source, cards, tmp_path, *macros):
+    targets = [f"-gencode=arch=compute_{card},code=sm_{card}" for card in cards]
     command = [
         build.cuda_home() / "bin" / "nvcc",
         *build.CUDA_FLAGS,
+        *macros,
         *targets,
         "-Werror",
         "all-warnings",
@@ -82,6 +96,42 @@ def test_one_hot_activations_return_every_code_bit_for_bit(backend, activation_b
 
 
 @gpu
+@pytest.mark.parametrize("activation_bits", range(2, 9))
+@pytest.mark.parametrize("weight_bits", range(2, 9))
+def test_bit_planes_are_exact_in_every_combination_of_bits(weight_bits, activation_bits):
+    run, bits = partial(linear, backend="bmma"), {"activation_bits": activation_bits, "weight_bits": weight_bits}
+    exactness.returns_every_code_bit_for_bit(run, 24, **bits)
+    for tokens in (1, 5, 17):
+        exactness.gives_integers_for_integers(run, tokens, **bits)
+        for sign in (-1.0, 1.0):
+            exactness.holds_the_largest_sums(run, tokens, sign, **bits)
+        for plane in range(weight_bits):
+            exactness.misses_a_dropped_bit_plane(run, tokens, plane, **bits)
+        generator = torch.Generator().manual_seed(tokens)
+        exactness.equals_the_float64_oracle(run, generator, tokens, 37, 1030, **bits)
+
+
+@gpu
+@pytest.mark.parametrize("backend", ["imma", "wgmma"])
+@pytest.mark.parametrize("activation_bits", [2, 3, 5, 7])
+def test_integer_tensor_cores_take_activations_of_any_bits(backend, activation_bits):
+    exactness.gives_integers_for_integers(partial(linear, backend=backend), 17, activation_bits)
+
+
+@gpu
+@pytest.mark.parametrize("backend", ["auto", "bmma"])
+def test_a_layer_of_other_bits_runs_on_bit_planes(backend):
+    layer = FlexQLinear.from_linear(torch.nn.Linear(1030, 333), precision=LayerPrecision(3, 5), backend=backend).cuda()
+    assert layer.prepare()[0] == "bmma"
+    x = torch.randn(9, 1030, device="cuda")
+    y = layer(x)
+    operands = (layer.weight, layer.weight_scale, layer.weight_exponent, layer.bias, 3, 5, 128)
+    assert torch.equal(y, ops.w6ax_linear(x, *operands, backend))
+    expected = ops.w6ax_linear(x, *operands, "reference")
+    assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@gpu
 @both
 @pytest.mark.parametrize("tokens", [8, 48, 130])
 def test_integer_inputs_give_integer_results_bit_for_bit(backend, tokens):
@@ -107,7 +157,7 @@ def test_sums_at_their_extremes_do_not_overflow(backend, tokens, sign):
 @gpu
 @both
 def test_activation_codes_equal_the_definition_at_rounding_edges(backend):
-    exactness.quantises_as_defined_at_rounding_edges(partial(linear, backend=backend))
+    exactness.quantises_as_defined_at_rounding_edges(partial(linear, backend=backend), range(2, 9))
 
 
 @gpu
@@ -220,8 +270,9 @@ def test_the_layer_agrees_with_the_reference_and_with_the_canonical_op(backend, 
     precision = LayerPrecision(6, activation_bits)
     layer = FlexQLinear.from_linear(torch.nn.Linear(1030, 333), precision=precision, backend=backend).cuda()
     x = torch.randn(2, 9, 1030, device="cuda")
-    operands = (layer.weight, layer.weight_scale, layer.weight_exponent, layer.bias, 6, activation_bits, 128)
-    y, expected = layer(x), ops.w6ax_linear(x, *operands, "reference")
+    y = layer(x)
+    operands = (*layer.canonical(), layer.weight_exponent, layer.bias, 6, activation_bits, 128)
+    expected = ops.w6ax_linear(x, *operands, "reference")
     assert torch.equal(y, ops.w6ax_linear(x, *operands, backend))
     assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -250,6 +301,29 @@ def test_large_layers_agree_with_the_reference(backend, activation_bits, tokens)
     layer.backend = "reference"
     expected = layer(x)
     assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@gpu
+@both
+@pytest.mark.parametrize(("outputs", "groups"), [(1, 1), (32, 3), (45, 2), (257, 40)])
+def test_repacked_weights_are_read_back_bit_for_bit(backend, outputs, groups):
+    codes = torch.randint(-32, 32, (outputs, groups * 128), dtype=torch.int8)
+    packed, scales = pack_codes(codes, 6).cuda(), torch.rand(outputs, groups).half().cuda()
+    found = unpack_chunks(cuda.repack(packed, scales, backend), outputs, planes=backend == "bmma")
+    assert torch.equal(found[0], packed) and torch.equal(found[1], scales)
+
+
+@gpu
+@both
+def test_a_gpu_holds_weights_once_and_the_state_dict_is_canonical(backend):
+    layer = FlexQLinear.from_linear(torch.nn.Linear(1024, 512, bias=False), backend=backend)
+    stored = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.cuda().prepare()
+    held = sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
+    assert held == layer.weight_bytes() == 512 * (1024 * 6 // 8 + 8 * 2 + 1)
+    found = layer.state_dict()
+    assert list(found) == list(stored)
+    assert all(torch.equal(found[name].cpu(), stored[name]) for name in stored)
 
 
 @gpu
@@ -288,8 +362,14 @@ def test_what_does_not_fit_is_refused_before_a_launch():
         call(exponent=exponent.cpu())
     with pytest.raises(ValueError, match="x is on cpu; accepted: a CUDA device"):
         call(x=x.cpu())
-    with pytest.raises(ValueError, match="activation bits"):
-        call(bits=7)
+    with pytest.raises(ValueError, match="activation bits is 9; accepted: 2, 3, 4, 5, 6, 7, 8"):
+        call(bits=9)
+    planes = cuda.repack(torch.zeros(96, 128, dtype=torch.uint8, device="cuda"), layer.weight_scale, "bmma")
+    assert planes.shape == (3, 2, 2112)  # of 4 bits
+    with pytest.raises(ValueError, match=r"chunks has shape \(3, 2, 2112\); accepted: \(3, 2, 3136\)"):
+        call(chunks=planes)
+    with pytest.raises(ValueError, match=r"chunks has shape \(3, 2, 2112\); accepted: \(3, 3, 2112\) for x of 300"):
+        call(x=torch.randn(3, 300, device="cuda"), chunks=planes, backend="bmma")
     with pytest.raises(ValueError, match="backend is 'cpu'; accepted for repacked weights: auto, imma, bmma, wgmma"):
         call(backend="cpu")
     with pytest.raises(ValueError, match="not contiguous"):

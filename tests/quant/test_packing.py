@@ -1,5 +1,7 @@
 """Packing: lossless, and equal to a packer written independently, bit by bit."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -15,29 +17,35 @@ def random_codes(bits: int, *shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, generator=generator, dtype=torch.int8)
 
 
-@settings(max_examples=40, deadline=None)
-@given(rows=st.integers(0, 7), quads=st.integers(1, 70), seed=st.integers(0, 2**31))
-def test_six_bit_packing_equals_the_bitwise_packer(rows, quads, seed):
-    codes = random_codes(6, rows, quads * 4, seed=seed)
-    packed = pack_codes(codes, 6)
-    assert packed.dtype == torch.uint8 and packed.shape == (rows, quads * 3)
-    assert np.array_equal(packed.numpy(), reference.pack6(codes.numpy().astype(np.int64)))
-    assert torch.equal(unpack_codes(packed, 6), codes)
+every_width = pytest.mark.parametrize("bits", range(2, 9))
 
 
-def test_every_six_bit_code_in_every_place():
-    codes = torch.arange(-32, 32, dtype=torch.int8)
-    for place in range(4):
-        row = torch.zeros(64, 4, dtype=torch.int8)
+@settings(max_examples=80, deadline=None)
+@given(bits=st.integers(2, 8), rows=st.integers(0, 7), octets=st.integers(1, 35), seed=st.integers(0, 2**31))
+def test_packing_equals_the_bitwise_packer(bits, rows, octets, seed):
+    codes = random_codes(bits, rows, octets * 8, seed=seed)
+    packed = pack_codes(codes, bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (rows, octets * bits)
+    assert np.array_equal(packed.numpy(), reference.pack(codes.numpy().astype(np.int64), bits))
+    assert torch.equal(unpack_codes(packed, bits), codes)
+
+
+@every_width
+def test_every_code_in_every_place_of_as_few_codes_as_fill_bytes(bits):
+    codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).to(torch.int8)
+    together = math.lcm(bits, 8) // bits
+    for place in range(together):
+        row = torch.zeros(len(codes), together, dtype=torch.int8)
         row[:, place] = codes
-        assert torch.equal(unpack_codes(pack_codes(row, 6), 6), row)
+        assert torch.equal(unpack_codes(pack_codes(row, bits), bits), row)
 
 
-def test_every_byte_unpacks_to_codes_in_range():
-    packed = torch.randint(0, 256, (64, 96), dtype=torch.uint8)
-    codes = unpack_codes(packed, 6)
-    assert codes.min() >= -32 and codes.max() <= 31
-    assert torch.equal(pack_codes(codes, 6), packed)
+@every_width
+def test_every_byte_unpacks_to_codes_in_range(bits):
+    packed = torch.randint(0, 256, (64, 16 * bits), dtype=torch.uint8)
+    codes = unpack_codes(packed, bits)
+    assert codes.min() >= -(2 ** (bits - 1)) and codes.max() <= 2 ** (bits - 1) - 1
+    assert torch.equal(pack_codes(codes, bits), packed)
 
 
 def test_eight_bit_codes_are_stored_as_they_are():
@@ -87,7 +95,26 @@ def test_dropping_a_plane_is_noticed(plane):
             "code 32 does not fit 6 bits",
         ),
         (lambda: pack_codes(torch.zeros(2, 4), 6), TypeError, "torch.float32; accepted: int8"),
-        (lambda: pack_codes(torch.zeros(2, 4, dtype=torch.int8), 7), ValueError, "bits is 7; accepted: 6, 8"),
+        (
+            lambda: pack_codes(torch.zeros(2, 4, dtype=torch.int8), 5),
+            ValueError,
+            "4 codes of 5 bits; accepted: a mult.* of 8",
+        ),
+        (
+            lambda: pack_codes(torch.zeros(2, 8, dtype=torch.int8), 9),
+            ValueError,
+            "bits is 9; accepted: 2, 3, 4, 5, 6, 7, 8",
+        ),
+        (
+            lambda: pack_codes(torch.full((2, 8), -3, dtype=torch.int8), 2),
+            ValueError,
+            "-3 does not fit 2 bits; accepted: -2 to 1",
+        ),
+        (
+            lambda: unpack_codes(torch.zeros(2, 6, dtype=torch.uint8), 7),
+            ValueError,
+            "6 bytes of 7-bit codes; accepted: a mult.* of 7",
+        ),
         (lambda: unpack_codes(torch.zeros(2, 4, dtype=torch.uint8), 6), ValueError, "4 bytes of 6-bit codes"),
         (
             lambda: unpack_codes(torch.zeros(2, 3, dtype=torch.int8), 6),

@@ -18,7 +18,7 @@ plans = st.builds(
     name=st.text(min_size=1, max_size=20),
     layers=st.dictionaries(
         st.text(min_size=1, max_size=40),
-        st.builds(LayerPrecision, st.sampled_from([6, 8]), st.sampled_from([6, 8])),
+        st.builds(LayerPrecision, st.integers(2, 8), st.integers(2, 8)),
         min_size=1,
         max_size=8,
     ),
@@ -78,8 +78,8 @@ def edited(**changes) -> str:
         (edited(layers={"a": 6}), "layer 'a' must be a JSON object, not int"),
         (edited(layers={"a": {"weight_bits": 6}}), "layer 'a' lacks 'activation_bits'"),
         (
-            edited(layers={"a": {"weight_bits": 5, "activation_bits": 6}}),
-            "layer 'a': weight_bits is 5; accepted: 6, 8",
+            edited(layers={"a": {"weight_bits": 9, "activation_bits": 6}}),
+            "layer 'a': weight_bits is 9; accepted: 2, 3, 4, 5, 6, 7, 8",
         ),
         (
             edited(layers={"a": {"weight_bits": 6, "activation_bits": True}}),

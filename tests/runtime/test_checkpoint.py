@@ -176,6 +176,16 @@ def test_what_quantize_model_made_is_saved_and_its_checksums_are_checked(tmp_pat
     refused(tmp_path, "is altered")
 
 
+@pytest.mark.parametrize("architecture", ["llama-3", "opt"])
+def test_a_fused_model_is_saved_as_it_was_before(architecture, tmp_path):
+    quantised = flexq_core.quantize_model(tiny_model(architecture), "flexq", backend="reference")
+    expected = logits(quantised)
+    flexq_core.fuse_(quantised).save_pretrained(tmp_path)
+    loaded = flexq_core.load(tmp_path, backend="reference", dtype=torch.float32)
+    assert torch.equal(logits(loaded), expected)
+    assert torch.equal(logits(flexq_core.fuse_(loaded)), expected)
+
+
 def test_tensors_without_checksums_are_loaded_with_a_warning(copy):
     file = file_of(copy, "model.layers.0.mlp.up_proj.weight")
     tensors = load_file(file)

@@ -94,7 +94,7 @@ def test_a_device_map_and_weights_on_disk_change_nothing(saved, tmp_path):
     assert layer.weight.is_meta
     assert torch.equal(logits(offloaded), expected) and torch.equal(logits(offloaded), expected)
     layer.prepare()
-    assert layer._repacked is None  # what a layer that lives elsewhere repacked for a call is not kept
+    assert layer._prepared is None  # what a layer that lives elsewhere repacked for a call is not kept
 
 
 def test_lm_eval_scores_the_folder(saved):

@@ -44,12 +44,14 @@ def oracle(x, quantized, bias, activation_bits):
     tokens=st.sampled_from([1, 3, 8, 17, 33]),
     outputs=st.integers(1, 70),
     features=st.integers(1, 400),
-    activation_bits=st.sampled_from([6, 8]),
+    weight_bits=st.integers(2, 8),
+    activation_bits=st.integers(2, 8),
     bias=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_equals_the_float64_oracle(backend, tokens, outputs, features, activation_bits, bias, seed):
-    quantized, packed, offset = make_layer(outputs, features, seed=seed, bias=bias)
+def test_equals_the_float64_oracle(backend, tokens, outputs, features, weight_bits, activation_bits, bias, seed):
+    bits = weight_bits if backend == "reference" else 6
+    quantized, packed, offset = make_layer(outputs, features, bits, seed=seed, bias=bias)
     x = torch.randn(tokens, features, generator=torch.Generator().manual_seed(seed + 1))
     y = run(x, quantized, packed, offset, activation_bits, backend)
     truth = oracle(x, quantized, offset, activation_bits)
@@ -134,8 +136,8 @@ def test_any_leading_shape_also_empty_and_strided(backend):
     )
 
 
-@pytest.mark.parametrize("weight_bits", [6, 8])
-@pytest.mark.parametrize("activation_bits", [6, 8])
+@pytest.mark.parametrize("weight_bits", [2, 3, 6, 8])
+@pytest.mark.parametrize("activation_bits", [2, 5, 6, 8])
 def test_simulate_agrees_with_reference(weight_bits, activation_bits):
     quantized, packed, offset = make_layer(64, 384, bits=weight_bits)
     x = torch.randn(9, 384)
@@ -161,6 +163,13 @@ def test_opcheck_and_compile_without_a_graph_break(backend):
     torch.library.opcheck(torch.ops.flexq.w6ax_linear.default, arguments)
     compiled = torch.compile(ops.w6ax_linear, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*arguments), ops.w6ax_linear(*arguments))
+
+
+def test_a_kernel_that_reads_six_bit_weights_refuses_others():
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run here: it reads 6-bit weights, not 4-bit ones"):
+        ops.resolve_backend("cpu", "cpu", weight_bits=4)
+    with pytest.raises(ValueError, match="backend 'imma' cannot run here: .*use 'reference' or 'auto'"):
+        ops.resolve_backend("imma", "cuda", weight_bits=4)
 
 
 def test_auto_is_never_simulate():
@@ -224,8 +233,8 @@ def broken(**changes):
         ({"weight_exponent": torch.zeros(8)}, TypeError, "weight_exponent is torch.float32"),
         ({"bias": torch.zeros(7)}, ValueError, r"bias has shape \(7,\); accepted: \(8,\)"),
         ({"bias": torch.zeros(8).int()}, TypeError, "bias is torch.int32"),
-        ({"weight_bits": 4}, ValueError, "weight bits is 4; accepted: 6, 8"),
-        ({"activation_bits": 4}, ValueError, "activation bits is 4; accepted: 6, 8"),
+        ({"weight_bits": 9}, ValueError, "weight bits is 9; accepted: 2, 3, 4, 5, 6, 7, 8"),
+        ({"activation_bits": 1}, ValueError, "activation bits is 1; accepted: 2, 3, 4, 5, 6, 7, 8"),
         (
             {"backend": "cuda"},
             ValueError,

@@ -1,33 +1,27 @@
 """End to end: the loop writes what transformers writes, memory is what hand counting gives, wrong values are refused first."""
 
+import copy
 import warnings
 
 import pandas as pd
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from flexq_core.quant.layers import linear_layers
-from flexq_core.quant.plan import PlanError, PrecisionPlan
+from flexq_core.quant.plan import LayerPrecision, PlanError, PrecisionPlan
 from flexq_core.runtime.convert import quantize_model, replace_linear_layers
+from flexq_core.runtime.fuse import fuse_
+from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.sources import paper
+from flexq_core.sources.architectures import ARCHITECTURES
 from flexq_core.sources.models import LoadedModel, ModelError
 from flexq_core.studies import e2e
-from flexq_core.studies.e2e import (
-    METHODS,
-    DynamicInt8Linear,
-    EndToEndStudy,
-    Generation,
-    Int8WeightLinear,
-    block_weight_bytes,
-    cache_bytes,
-    claims,
-    generate,
-    model_bytes,
-    plot_latency,
-    plot_memory,
-    total_ms,
-)
+from flexq_core.studies.e2e import METHODS, EndToEndStudy, claims, linears, plot_latency, plot_memory, plot_step, steps
+from flexq_core.studies.e2e import __main__ as command
+from flexq_core.studies.e2e.decode import Engine, Generation, cache_bytes, generate, total_ms
+from flexq_core.studies.e2e.linears import DynamicInt8Linear, Int8WeightLinear, block_weight_bytes, model_bytes
 from flexq_core.workbook.records import Skipped, read_jsonl
 from tests.models import CONFIGS, tiny_model
 from tests.runs import run_of
@@ -167,7 +161,7 @@ def test_int8_layers_compute_the_product(bias, batch):
     expected = linear(x)
     layers = [DynamicInt8Linear(linear, _engine())]
     try:
-        e2e._require_weight_only(nn.ModuleDict({"blocks": nn.ModuleList([linear])}))
+        linears.require_weight_only({"linear": linear})
         layers.append(Int8WeightLinear(linear))
     except Skipped as reason:
         warnings.warn(str(reason), stacklevel=1)
@@ -182,8 +176,8 @@ def test_a_gpus_int8_layer_computes_the_product_of_its_codes_exactly():
     linear = nn.Linear(48, 80).requires_grad_(False)
     linear.weight[3] = 0  # a row without a scale
     x = torch.randn(2, 3, 48)
-    layer = e2e.Int8Linear(linear)
-    codes, scales = e2e._int8_rows(x.reshape(6, 48), torch.float32)
+    layer = linears.Int8Linear(linear)
+    codes, scales = linears._int8_rows(x.reshape(6, 48), torch.float32)
     sums = codes.double() @ layer.weight.double().T
     expected = sums * scales.double()[:, None] * layer.weight_scale.double() + linear.bias.double()
     assert torch.allclose(layer(x).double().view(6, 80), expected, rtol=1e-5, atol=1e-6)
@@ -204,6 +198,186 @@ def test_casting_leaves_the_original_and_the_rotary_frequencies_alone():
     assert {b.dtype for b in cast.buffers()} == {torch.float32}
 
 
+def test_fp8_layers_compute_the_product_of_their_codes():
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 80).requires_grad_(False)
+    linear.weight[3] = 0  # a row without a scale
+    x = torch.randn(2, 3, 48)
+    layer = linears.Fp8Linear(linear)
+    assert layer.weight.dtype == torch.float8_e4m3fn and layer.weight_bytes() == 48 * 80 + 4 * 80
+    weight = layer.weight.double() * layer.weight_scale.double()[:, None]
+    codes, scales = linears._fp8_rows(x.view(6, 48))
+    expected = codes.double() * scales.double()[:, None] @ weight.T
+    try:
+        found = layer(x).double().view(6, 80) - linear.bias.double()
+    except RuntimeError as error:
+        pytest.skip(f"this torch multiplies no FP8 rows on a processor: {error}")
+    assert (found - expected).abs().max() <= 2**-7 * expected.abs().max()  # the product comes in bfloat16
+    assert (layer(x) - linear(x)).norm() < 0.06 * linear(x).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_on_a_gpu_eight_bit_layers_compute_the_product(tokens):
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 384, dtype=torch.bfloat16, device="cuda").requires_grad_(False)
+    x = torch.randn(1, tokens, 256, dtype=torch.bfloat16, device="cuda")
+    for kind, bound in ((linears.Fp8Linear, 0.06), (linears.Int8Linear, 0.03), (Int8WeightLinear, 0.03)):
+        y = kind(linear)(x)
+        assert y.shape == (1, tokens, 384) and y.dtype == torch.bfloat16
+        assert (y - linear(x)).norm() < bound * linear(x).norm()
+
+
+@pytest.fixture
+def as_on_gpu(run):
+    """A study of random weights that builds its models as it does on a GPU, on this processor."""
+
+    def make(model: str) -> EndToEndStudy:
+        study = EndToEndStudy(run, **SMALL | {"model": model, "weights": "random", "layers": 2})
+        study.on_gpu = True
+        study.loaded = study._random(keep=False)
+        return study
+
+    return make
+
+
+@pytest.mark.parametrize("model", ["demo-llama", "demo-opt"])
+def test_on_a_gpu_every_method_runs_in_merged_blocks_made_one_at_a_time(as_on_gpu, model):
+    study = as_on_gpu(model)
+    assert not linear_layers(study.loaded.model)  # none is held
+    for method, least in {"fp16": 0.0, "bf16": 1e-4, "w8a8": 1e-3, "flexq": 1e-2}.items():
+        made = study.build(method, "reference")
+        names = [name.rsplit(".", 1)[-1] for name, layer in made.named_modules() if hasattr(layer, "out_features")]
+        merged = ["qkv_proj", "gate_up_proj"] if model == "demo-llama" else ["qkv_proj"]
+        assert all(names.count(name) == 2 for name in merged) or method == "w8a8"  # its layers tell no sizes
+        assert all(type(layer).__name__.startswith("Fused") for layer in _blocks(made))
+        assert len({id(m.config) for m in made.modules() if hasattr(m, "config")}) == 1
+        difference = study._checked_difference(made, method)
+        assert least <= difference <= 0.2
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+
+
+def test_a_plan_file_names_the_layers_of_blocks_made_one_at_a_time(as_on_gpu):
+    study = as_on_gpu("demo-llama")
+    layers = linear_layers(study._shapes)
+    precision = {name: LayerPrecision(6, 8 if ".1." in name else 6) for name in layers}
+    study.custom_plan = PrecisionPlan("second", precision)
+    bits = [block.self_attn.o_proj.precision.activation_bits for block in _blocks(study.build("plan", "reference"))]
+    assert bits == [6, 8]
+
+
+def test_fp8_is_skipped_where_it_does_not_run(run):
+    table = EndToEndStudy(run, **SMALL | {"methods": "fp8"}).table()
+    assert set(table["skipped"]) == {"FP8 products run on GPUs of compute capability 8.9 or later"}
+
+
+def test_a_model_that_does_not_fit_is_skipped(run, tiny, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+
+    monkeypatch.setattr(EndToEndStudy, "build", full)
+    table = EndToEndStudy(run, **SMALL | {"methods": "fp16"}).table()
+    assert set(table["skipped"]) == {"it does not fit this GPU: CUDA out of memory. Tried to allocate 9 GiB."}
+
+
+def test_a_step_in_the_middle_of_an_output_can_be_rehearsed():
+    model, ids = tiny_model("llama"), prompt(batch=1)
+    engine = Engine(model, 1, 7, 10)
+    expected = engine.generate(ids).tokens
+    step = engine.rehearse(4)
+    for _ in range(4):
+        step()
+    assert torch.equal(engine.generate(ids).tokens, expected)  # and leaves nothing behind
+    assert torch.equal(engine.generate(ids, 3).tokens, expected[:, :3])
+    with pytest.raises(ValueError, match="an output of 10 tokens has no 6 steps in its middle"):
+        engine.rehearse(6)
+
+
+def test_kernels_that_overlap_count_once():
+    kernels = [(0, 10, "w6ax_imma_kernel"), (8, 12, "norm_quantize_kernel"), (15, 20, "fmha_cutlassF"), (16, 18, "x")]
+    assert steps.shares_ms([(a, b, name) for a, b, name in kernels], 2) == pytest.approx(
+        {"gemm": 0.005, "attention": 0.0025, "other": 0.001, "idle": 0.0015}
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "part"),
+    [
+        ("void flexq::w6ax_wgmma_kernel<8>", "gemm"),
+        ("nvjet_hsh_64x8_64x16_4x1_v_bz_TNT", "gemm"),
+        ("void gemv2T_kernel_val<int>", "gemm"),
+        ("triton_tem_fused_mm_3", "gemm"),
+        ("fmha_cutlassF_f16_aligned_64x128_rf_sm80", "attention"),
+        ("void pytorch_flash::flash_fwd_splitkv_kernel", "attention"),
+        ("triton_per_fused__softmax_add_2", "attention"),
+        ("void flexq::norm_quantize_kernel<__half>", "other"),
+        ("Memcpy DtoD (Device -> Device)", "other"),
+    ],
+)
+def test_kernels_belong_to_parts_of_a_step_by_name(kernel, part):
+    assert steps.part_of(kernel) == part
+
+
+def test_llama_13b_takes_less_than_half_with_its_longest_cache():
+    """Weights and the keys and values of 2048 positions, FP16 over 6 bits; nothing is allocated."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES["llama-13b"].config(), dtype=torch.float16)
+        linear = linear_layers(model)
+        six = sum(FlexQLinear(x.in_features, x.out_features, bias=False).weight_bytes() for x in linear.values())
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    rest = whole - sum(layer.weight.nbytes for layer in linear.values())
+    cache = 2 * 40 * 5120 * 2048 * 2
+    assert (whole + cache) / (rest + six + cache) >= 2.28
+
+
+def test_a_step_reads_all_but_the_embedding():
+    model = tiny_model("llama")
+    cache = generate(model, prompt(batch=3), 4).cache
+    assert steps.step_bytes(model, cache, 10) == model_bytes(model) - 4 * 96 * 64 + cache_bytes(cache, 10)
+    tied = tiny_model("llama-3")
+    assert steps.step_bytes(tied, cache, 10) == model_bytes(tied) + cache_bytes(cache, 10)
+
+
+def test_the_figure_of_a_step_shows_its_parts_and_limit(tmp_path):
+    assert plot_step(synthetic().assign(step_gemm_ms=float("nan")), "name") is None
+    parts = {"step_gemm_ms": 2.0, "step_attention_ms": 0.5, "step_other_ms": 0.4, "step_idle_ms": 0.1, "limit_ms": 1.5}
+    figure = plot_step(synthetic().assign(**parts), "name")
+    assert figure.axes[0].get_xlabel() == "a decode step, name (ms)"
+    labels = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert labels == {"gemm", "attention", "other", "idle", "limit: bytes / bandwidth"}
+    figure.savefig(tmp_path / "figure.svg")
+
+
+def test_the_command_line_measures_keeps_records_and_names_what_is_wrong(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
+    size = ["--model", "demo-llama", "--weights", "random", "--layers", "1", "--prompt-tokens", "4", "--repeats", "1"]
+    arguments = [*size, "--methods", "fp16", "w6a6", "--backend", "reference", "--output-tokens", "2"]
+    assert command.main([*arguments, "--outputs", str(tmp_path)]) == 0
+    assert {record.method for record in read_jsonl(tmp_path / "records" / "04_e2e.jsonl")} == {"fp32", "w6a6"}
+    assert "tpot_ms" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.main(["--model", "demo-llama", "--repeats", "0"])
+    assert "repeats is 0; accepted: 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("backend", ["auto", "bmma"])
+def test_captured_steps_write_the_eager_models_tokens(architecture, backend):
+    model = quantize_model(tiny_model(architecture).cuda().half(), "flexq", backend=backend)
+    ids = prompt().cuda()
+    for each in (model, fuse_(copy.deepcopy(model))):
+        engine = Engine(each, 2, 7, 9)
+        expected = engine.generate(ids).tokens
+        engine.warm_up(ids)
+        assert engine.capture() == (architecture != "mistral")  # whose cache slides
+        for _ in range(3):
+            assert torch.equal(engine.generate(ids).tokens, expected)
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "text"),
     [
@@ -215,6 +389,8 @@ def test_casting_leaves_the_original_and_the_rotary_frequencies_alone():
         ({"methods": " "}, ValueError, "no method is given; accepted: fp16, bf16"),
         ({"weights": "foo"}, ValueError, "no weights is called 'foo'; accepted: pretrained, random"),
         ({"weights": "pretrained,random"}, ValueError, "accepted: one of pretrained, random"),
+        ({"compile_mode": "fast"}, ValueError, "no compile_mode is called 'fast'"),
+        ({"attention": "flash"}, ValueError, "no attention is called 'flash'"),
         ({"backend": "gpu"}, ValueError, "no backend is called 'gpu'"),
         ({"output_tokens": "0"}, ValueError, "output_tokens holds '0'; accepted: whole numbers of 1 or more"),
         ({"output_tokens": "32,x"}, ValueError, "output_tokens holds 'x'; accepted"),
@@ -300,7 +476,7 @@ def test_a_wrong_product_is_not_timed(run, tiny, monkeypatch):
         return replace_linear_layers(model, lambda _, linear: _Zero(linear.out_features))
 
     monkeypatch.setattr(e2e, "quantize_model", zeroed)
-    monkeypatch.setattr(e2e, "generate", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(Engine, "generate", lambda *_: pytest.fail("timed"))
     with pytest.raises(RuntimeError, match=r"flexq is not timed: its logits differ .*, bound 0.5"):
         EndToEndStudy(run, **SMALL | {"methods": "flexq"}).table()
     assert not run.records.path.exists()
@@ -328,7 +504,7 @@ def test_a_method_that_cannot_run_is_skipped_with_its_reason(run, tiny, monkeypa
 
 
 def test_a_torch_without_int8_is_skipped(run, tiny, monkeypatch):
-    monkeypatch.setattr(e2e, "_INT8_ENGINES", ())
+    monkeypatch.setattr(linears, "_INT8_ENGINES", ())
     monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", [], raising=False)
     table = EndToEndStudy(run, **SMALL | {"methods": "w8a8"}).table()
     assert set(table["skipped"]) == {"this torch has no engine for dynamic INT8"}

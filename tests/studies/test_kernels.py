@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flexq_core.sources import paper
-from flexq_core.studies import kernels, kernels_compared, kernels_gpu
+from flexq_core.studies import kernels, kernels_combinations, kernels_compared, kernels_gpu
 from flexq_core.studies.kernels import KernelStudy, claims, limits_us, read_shapes
 from flexq_core.studies.kernels_compared import speedups
 from flexq_core.workbook.records import Measurement, Records, Skipped, load_records, read_jsonl
@@ -62,7 +62,10 @@ def _quick(monkeypatch):
         ("tokens", "1,a", "tokens holds 'a'; accepted"),
         ("tokens", "-1", "tokens holds '-1'; accepted"),
         ("tokens", " , ", "tokens is empty; accepted"),
-        ("activation_bits", 7, "activation_bits is 7; accepted: 6, 8"),
+        ("activation_bits", 9, "activation_bits is 9; accepted: 2, 3, 4, 5, 6, 7, 8"),
+        ("combinations", "w4a9", "combinations holds 'w4a9'; accepted: usual, none, or w and a with 2 to 8 bits each"),
+        ("combinations", "w6a6,6x6", "combinations holds '6x6'; accepted"),
+        ("combinations", "", "combinations is empty; accepted"),
         ("repeats", 0, "repeats is 0; accepted: 5 or more"),
         ("threads", -1, "threads is -1; accepted: 0 to "),
         ("threads", 10**6, "threads is 1000000; accepted: 0 to "),
@@ -291,8 +294,13 @@ def card(monkeypatch):
 
     def linear(records, tokens, chunks, exponent, bias, bits, backend, out):
         return out.copy_(
-            kernels_gpu.ops.w6ax_linear(records, chunks, *scales[backend], bias, 6, bits, 128, "reference")
+            kernels_gpu.ops.w6ax_linear(
+                records, chunks, *scales[backend], bias, width(chunks, backend), bits, 128, "reference"
+            )
         )
+
+    def width(chunks, backend):
+        return chunks.shape[1] * 8 // (scales[backend][0].shape[1] * 128)
 
     def prepare(layer):
         scales[layer.backend] = layer.weight_scale, layer.weight_exponent
@@ -312,7 +320,7 @@ def card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(kernels_gpu.ops, "resolve_backend", lambda backend, *_: backend)
+    monkeypatch.setattr(kernels_gpu.ops, "resolve_backend", lambda backend, *_, **__: backend)
     monkeypatch.setattr(kernels_gpu.FlexQLinear, "prepare", prepare)
     monkeypatch.setattr(kernels_gpu.cuda, "quantize_activation", lambda x, bits, backend: x)
     monkeypatch.setattr(kernels_gpu.cuda, "linear", linear)
@@ -324,7 +332,9 @@ def card(monkeypatch):
     monkeypatch.setattr(kernels_gpu, "replayed_us", replayed)
     layers = kernels_gpu.GpuLayers
     monkeypatch.setattr(
-        kernels_gpu, "GpuLayers", lambda shape, method, bits, device, seed: layers(shape, method, bits, "cpu", seed)
+        kernels_gpu,
+        "GpuLayers",
+        lambda shape, method, bits, device, *more: layers(shape, method, bits, "cpu", *more),
     )
     rates = {"read_bandwidth_gbps": 4300.0, "copy_bandwidth_gbps": 4200.0, "int8_rate_gops": 1.3e6}
     monkeypatch.setattr(KernelStudy, "_rates", lambda self: {name: Measurement(v, "1") for name, v in rates.items()})
@@ -462,10 +472,33 @@ def test_on_a_gpu_a_cases_backend_is_the_faster_of_those_that_auto_chooses_from(
     assert found["method"].to_dict() == {tokens: "wgmma" if tokens == 8 else "imma" for tokens in found.index}
 
 
+def test_crossovers_say_up_to_how_many_tokens_flexq_wins():
+    table = gpu_times(shapes=[(64, 128)], imma=1.2, torch_fp16=2.4, cublas_int8=1.1)
+    few, *_, many = sorted(table["tokens"].unique())
+    table.loc[(table["method"] == "torch-fp16") & (table["tokens"] == many), "gemm_us"] = 1e-6
+    found = kernels_compared.crossovers(table).set_index("baseline")
+    assert found.loc["cuBLAS FP16", "slower_from"] == many > found.loc["cuBLAS FP16", "faster_up_to"] >= few
+    assert found.loc["cuBLAS INT8", ["faster_up_to", "slower_from"]].tolist() == [None, few]
+    assert "cuBLASLt FP8" not in found.index
+    never = kernels_compared.crossovers(gpu_times(shapes=[(64, 128)], imma=1.2, torch_fp16=2.4))
+    assert never[["faster_up_to", "slower_from"]].values.tolist() == [[many, None]]
+
+
+def test_rates_are_drawn_where_the_most_numbers_of_tokens_were_measured():
+    table = gpu_times(shapes=[(64, 128), (128, 128)], imma=1.2, torch_fp16=2.4)
+    few = table[(table["outputs"] == 64) | (table["tokens"] == 8)]
+    figure = kernels_compared.plot_rates(few)
+    assert [axis.get_title() for axis in figure.axes] == ["64\n× 128", ""]
+    drawn = figure.axes[0].lines[0].get_ydata()
+    mine = few[(few["outputs"] == 64) & (few["method"] == "imma")].sort_values("tokens")
+    assert list(drawn) == list(mine["gops"] / 1e3)
+
+
 def test_a_gpus_figures_fit_half_a_page_and_show_the_papers_marks():
     table = gpu_times(**H200)
     assert len(kernels_compared.plot_times(table).axes) == 4
-    made = list(kernels_compared.gpu_figures(table, "here"))
+    rates, *made = kernels_compared.gpu_figures(table, "here")
+    assert rates[1] == "rates" and rates[0].get_size_inches()[0] <= 4.6 and len(rates[0].axes) == 8
     assert [name for _, name, _ in made] == [
         "speedups-torch-fp16",
         "speedups-cublaslt-fp8",
@@ -532,6 +565,40 @@ def test_the_command_line_keeps_a_gpus_records_and_makes_the_table_from_them(car
     with pytest.raises(SystemExit):
         kernels.main(["--write-auto-table"])
     assert "needs --outputs with records of a GPU" in capsys.readouterr().err
+
+
+def test_combinations_of_bits_are_timed_once_on_the_largest_shape_and_kept_apart(gpu_run, monkeypatch):
+    study = KernelStudy(gpu_run, **GPU | {"combinations": "w2a2,w3a8,w6a6,w8a8"})
+    table = study.combination_table()
+    assert table["combination"].unique().tolist() == ["W2A2", "W3A8", "W6A6", "W8A8"] and len(table) == 4 * 3
+    assert (table["outputs"] == 96).all() and (table["gemm_us"] == 1.5).all()
+    assert (table["definition_error"] <= kernels_gpu.DEFINITION_BOUND).all()
+    errors = table[table["tokens"] == 33].set_index("combination")["error"]
+    assert errors.is_monotonic_decreasing and errors["W2A2"] > 0.3 and errors["W8A8"] < 0.02
+    limits = table[table["tokens"] == 1].set_index("combination")["byte_limit_us"]
+    size = 96 * 384 * (2 + 16 / 128) / 8 + 2 * (96 + 384)
+    assert math.isclose(limits["W2A2"], size / 4200e9 * 1e6) and limits["W2A2"] < limits["W3A8"] < limits["W6A6"]
+    assert kernels.gpu_kernel_times(load_records(gpu_run.records.folder)).empty
+    figure = kernels_combinations.plot_combinations(table)
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["W2A2", "W3A8", "W6A6", "W8A8"]
+    assert figure.axes[0].get_ylabel() == "time (µs)"
+    monkeypatch.setattr(kernels_gpu, "GpuLayers", lambda *_: pytest.fail("made again"))
+    pd.testing.assert_frame_equal(study.combination_table(), table)
+
+
+def test_combinations_wrong_by_the_definition_are_not_timed(gpu_run, monkeypatch):
+    linear = kernels_gpu.cuda.linear
+    monkeypatch.setattr(kernels_gpu.cuda, "linear", lambda *operands: linear(*operands).mul_(1.01))
+    with pytest.raises(RuntimeError, match="bmma is wrong at 96x384, 1 tokens: relative error 0.0.* against its defin"):
+        KernelStudy(gpu_run, **GPU | {"combinations": "w2a2"}).combination_table()
+
+
+def test_combinations_are_skipped_once_without_a_gpu(run):
+    table = KernelStudy(run, **SMALL).combination_table()
+    (record,) = read_jsonl(run.records.path)
+    assert record.status == "skipped" and record.reason == "bit planes are multiplied on NVIDIA GPUs only"
+    assert table["skipped"].tolist() == [record.reason]
+    assert kernels_combinations.read_combinations("none") == ()
 
 
 def test_a_graph_launches_every_copy_in_turn_and_times_are_a_launchs(monkeypatch):

@@ -43,12 +43,3 @@ def test_what_cannot_be_done_is_one_message_and_status_1(arguments, text, tmp_pa
     captured = capsys.readouterr()
     assert text in captured.err and "Traceback" not in captured.err
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
-
-
-def test_an_unknown_command_lists_the_commands(capsys):
-    assert main(["quantise"]) == 2
-    err = capsys.readouterr().err
-    assert "no command is called 'quantise'" in err and "quantize " in err
-    assert main(["--help"]) == 0
-    assert "quantize " in capsys.readouterr().out
-    assert main([]) == 2

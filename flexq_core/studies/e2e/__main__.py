@@ -1,0 +1,71 @@
+"""The command line; see `--help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from flexq_core.runtime import ops
+from flexq_core.studies.e2e import ATTENTIONS, METHODS, WEIGHTS, EndToEndStudy, claims, plot_step
+from flexq_core.studies.e2e.decode import COMPILE_MODES
+from flexq_core.workbook.paths import ROOT
+from flexq_core.workbook.records import Records, is_current, read_jsonl, write_jsonl
+from flexq_core.workbook.run import Run
+
+STUDY = "04_e2e"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print; returns the process's exit status."""
+    description = "End to end: time to first token, time per output token and memory by method."
+    parser = argparse.ArgumentParser(prog="python -m flexq_core.studies.e2e", description=description)
+    parser.add_argument("--model", default="demo-llama", help="a name, a hub id or a folder (default: demo-llama)")
+    parser.add_argument("--weights", choices=WEIGHTS, default=WEIGHTS[0], help="(default: pretrained)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="(default: all)")
+    parser.add_argument("--backend", choices=ops.BACKENDS, default="auto", help="FlexQ's (default: auto)")
+    parser.add_argument("--plan", default="", metavar="FILE", help="a plan file to time as well")
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="(default: 128)")
+    parser.add_argument("--output-tokens", type=int, nargs="+", default=[128], help="lengths (default: 128)")
+    parser.add_argument("--batch-size", type=int, default=1, help="(default: 1)")
+    parser.add_argument("--layers", type=int, default=0, help="with random weights: this many blocks (default: all)")
+    parser.add_argument("--compile-mode", choices=COMPILE_MODES, default=COMPILE_MODES[-1], help="a GPU's decode step")
+    parser.add_argument("--attention", choices=ATTENTIONS, default=ATTENTIONS[0], help="(default: sdpa)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed decodes (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument(
+        "--outputs",
+        metavar="FOLDER",
+        help="keep records in FOLDER/records and a figure of the step, and measure none again (default: none)",
+    )
+    options = vars(parser.parse_args(arguments))
+    folder = options.pop("outputs")
+    options["methods"] = ",".join(options["methods"])
+    options["output_tokens"] = ",".join(map(str, options["output_tokens"]))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as temporary:
+        place = ROOT / folder if folder else Path(temporary)
+        run = Run(STUDY, options, device, place, Records(STUDY, place, device))
+        try:
+            study = EndToEndStudy(run, **options)
+        except ValueError as error:
+            parser.error(str(error))
+        table = study.table()
+        if folder:
+            path = run.records.path
+            write_jsonl(path, [record for record in read_jsonl(path) if is_current(record)])
+            if step := plot_step(table, study.loaded.name):
+                run.figure(
+                    step, "step", caption=f"A decode step by method, {study.loaded.name}, batch {study.batch_size}"
+                )
+    print(table.T.to_string(float_format=lambda value: f"{value:.4g}"))
+    for claim, holds, detail in claims(table):
+        print(f"{ {True: 'holds', False: 'FAILS', None: 'cannot tell'}[holds]:<12}{claim} ({detail})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""End to end compared: figures, and what the study claims of its table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from flexq_core.workbook import figures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_INT8 = ("w8a16", "w8a8")
+_TITLES = {
+    "fp16": "FP16",
+    "fp32": "FP32",
+    "bf16": "BF16",
+    "w8a16": "W8A16, torch",
+    "w8a8": "W8A8, torch",
+    "fp8": "FP8, torch",
+    "w6a6": "W6A6",
+    "flexq": "FlexQ",
+    "w6a8": "W6A8",
+    "w6ax": "FlexQ",  # the paper's name in its figure
+}
+_PREFILL = "//////"
+
+
+def _colour(method: str) -> str:
+    return figures.method_colour("flexq" if method == "w6ax" else method)
+
+
+def _panels(lengths: int, bars: int, published: int) -> tuple[Figure, Any]:
+    """A figure with a panel an output length, and below them one each for the paper's where there are any."""
+    columns, rows = max(lengths, published), 1 + bool(published)
+    size = (max(figures.HALF_PAGE[0], 1.1 + 1.75 * columns), 1.0 + 0.22 * (bars + (4 if published else 0)) + 0.4 * rows)
+    ratios = [bars, 4][:rows]
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, sharey="row", height_ratios=ratios)
+
+
+def plot_latency(table: pd.DataFrame, model: str, published: pd.DataFrame) -> Figure:
+    """Seconds by method, a panel an output length: prefill hatched, decode plain; below, what the paper shows for its GPU.
+
+    table: of `EndToEndStudy.table`.  published: of `EndToEndStudy.published`; may be empty.
+    """
+    measured = table.dropna(subset=["total_s"])
+    lengths, theirs = sorted(measured["output_tokens"].unique()), sorted(published["output_tokens"].unique())
+    figure, axes = _panels(len(lengths), measured["method"].nunique(), len(theirs))
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for axis, length in zip(axes[0], lengths, strict=False):
+        rows = measured[measured["output_tokens"] == length].iloc[::-1]
+        titles, colours = _titles_and_colours(rows)
+        prefill = rows["ttft_ms"] / 1e3
+        axis.barh(titles, prefill, color="white", edgecolor=colours, hatch=_PREFILL, linewidth=0.8)
+        bars = axis.barh(
+            titles, rows["total_s"] - prefill, left=prefill, color=colours, edgecolor=colours, linewidth=0.8
+        )
+        _finish(axis, bars, rows["total_s"], f"{length} output tokens", "time (s)", 1.35)
+    for axis, length in zip(axes[-1], theirs, strict=False):
+        rows = published[published["output_tokens"] == length].iloc[::-1]
+        titles, colours = _titles_and_colours(rows, paper=True)
+        bars = axis.barh(titles, rows["seconds"], color=colours, alpha=0.6)
+        _finish(axis, bars, rows["seconds"], f"{length} output tokens", "paper's GPU (s)", 1.35)
+    kinds = [Patch(facecolor="white", edgecolor=figures.INK, hatch=_PREFILL, label="prefill and first token")]
+    kinds.append(Patch(facecolor=figures.INK, label="decode"))
+    figure.legend(handles=kinds, loc="outside upper center", ncols=2, title=model)
+    return figure
+
+
+def plot_memory(table: pd.DataFrame, model: str, published: pd.DataFrame) -> Figure:
+    """Memory by method for the longest output: linear weights, the rest of the model, KV cache; below, the paper's."""
+    measured = table.dropna(subset=["weights_mib"])
+    rows = measured[measured["output_tokens"] == measured["output_tokens"].max()].iloc[::-1]
+    longest = published[published["output_tokens"] == published["output_tokens"].max()].iloc[::-1]
+    figure, axes = _panels(1, len(rows), 1 if len(longest) else 0)
+    axis, (titles, colours) = axes[0, 0], _titles_and_colours(rows)
+    rest = rows["weights_mib"] - rows["linear_weights_mib"]
+    axis.barh(titles, rows["linear_weights_mib"], color=colours)
+    axis.barh(titles, rest, left=rows["linear_weights_mib"], color=figures.NEUTRAL)
+    cache = {"color": "white", "edgecolor": figures.INK, "hatch": _PREFILL, "linewidth": 0.6}
+    bars = axis.barh(titles, rows["kv_cache_mib"], left=rows["weights_mib"], **cache)
+    _finish(axis, bars, rows["weights_mib"] + rows["kv_cache_mib"], "", f"memory, {model} (MiB)")
+    if len(longest):
+        titles, colours = _titles_and_colours(longest, paper=True)
+        bars = axes[1, 0].barh(titles, longest["memory_gb"], color=colours, alpha=0.6)
+        _finish(axes[1, 0], bars, longest["memory_gb"], "", "paper's GPU (GB)")
+    kinds = [
+        Patch(facecolor=figures.INK, label="linear weights"),
+        Patch(facecolor=figures.NEUTRAL, label="rest of the model"),
+        Patch(facecolor="white", edgecolor=figures.INK, hatch=_PREFILL, label="KV cache"),
+    ]
+    figure.legend(handles=kinds, loc="outside upper center", ncols=3, columnspacing=1)
+    return figure
+
+
+_STEP = {"gemm": figures.MAIN, "attention": figures.ACCENT, "other": figures.NEUTRAL, "idle": "white"}
+"""Part of a step (steps.py) → colour."""
+
+
+def plot_step(table: pd.DataFrame, model: str) -> Figure | None:
+    """Where a decode step's time goes by method: products, attention, the rest and idle, with the limit of its bytes as a line.
+
+    table: of `EndToEndStudy.table`.  None where no step was taken apart, as on a processor.
+    """
+    rows = table.dropna(subset=["step_gemm_ms"]).drop_duplicates("method", keep="last").iloc[::-1]
+    if rows.empty:
+        return None
+    figure, axis = plt.subplots(figsize=(figures.FULL_PAGE[0], 1.2 + 0.3 * len(rows)))
+    titles, left = _titles_and_colours(rows)[0], 0.0
+    for part, colour in _STEP.items():
+        bars = axis.barh(
+            titles, rows[f"step_{part}_ms"], left=left, color=colour, edgecolor=figures.INK, linewidth=0.4, label=part
+        )
+        left = left + rows[f"step_{part}_ms"]
+    places = range(len(rows))
+    limits = axis.vlines(
+        rows["limit_ms"], [y - 0.4 for y in places], [y + 0.4 for y in places], color=figures.INK, linewidth=2
+    )
+    limits.set_label("limit: bytes / bandwidth")
+    _finish(axis, bars, left, "", f"a decode step, {model} (ms)")
+    figure.legend(loc="outside upper center", ncols=5, columnspacing=1)
+    return figure
+
+
+def _titles_and_colours(rows: pd.DataFrame, *, paper: bool = False) -> tuple[list[str], list[str]]:
+    titles = [_TITLES.get(method, method) for method in rows["method"]]
+    if paper:  # its INT8 is not torch's
+        titles = [title.removesuffix(", torch") for title in titles]
+    return titles, [_colour(method) for method in rows["method"]]
+
+
+def _finish(axis: Axes, bars: Any, totals: pd.Series, title: str, label: str, margin: float = 1.15) -> None:
+    axis.set_visible(True)
+    axis.bar_label(
+        bars, [f"{total:.0f}" if total >= 100 else f"{total:#.3g}" for total in totals], padding=2, fontsize=8
+    )
+    axis.set(xlabel=label, title=title, xlim=(0, margin * totals.max()))
+    axis.grid(False, axis="y")
+    axis.locator_params(axis="x", nbins=4)
+
+
+AT_MOST_OF_INT8 = 0.85
+"""Share of INT8's bytes that FlexQ's linear weights may take: 0.77 for whole groups of 128, more where groups are padded."""
+AT_MOST_OVER_INT8 = 1.1
+"""How much longer than INT8 a decode step may take: both read fewer bytes than the rest of a step costs on a processor."""
+TELLING_MIB = 50
+"""Unquantised linear weights below this are read faster than a step's overhead passes: its time tells nothing of them."""
+
+AT_MOST_PREEMPTIONS = 1.0
+"""Preemptions a token above which a machine is too busy to tell: on a quiet one there are hardly any."""
+
+
+def claims(table: pd.DataFrame) -> list[tuple[str, bool | None, str]]:
+    """What this study claims, as (claim, whether the table bears it out, the numbers); None where it cannot tell.
+
+    table: of `EndToEndStudy.table`. Claims are about `flexq` where it was measured, else the first of FlexQ's other methods.
+    """
+    best = table.dropna(subset=["linear_weights_mib"]).drop_duplicates("method", keep="last").set_index("method")
+    ours = next(
+        (m for m in ("flexq", "w6a6", "w6a8", *best.index[best.index.str.startswith("plan:")]) if m in best.index), None
+    )
+    base = next((m for m in ("fp32", "fp16") if m in best.index), None)
+    int8 = [m for m in _INT8 if m in best.index]
+    if ours is None:
+        return [("FlexQ is measured", None, "methods name none of FlexQ's")]
+    name, mib = _TITLES.get(ours, ours), best["linear_weights_mib"]
+    found: list[tuple[str, bool | None, str]] = []
+    if base:
+        detail = f"{mib[ours]:.2f} of {mib[base]:.2f} MiB"
+        half = 0.5 if base == "fp16" else 0.25
+        text = f"{name}'s linear weights take less than {half:.0%} of the unquantised model's"
+        found.append((text, mib[ours] < half * mib[base], f"{detail}, {mib[ours] / mib[base]:.1%}"))
+    if int8:
+        least = mib[int8].min()
+        text = f"{name}'s linear weights take at most {AT_MOST_OF_INT8:.0%} of INT8's"
+        found.append((text, mib[ours] <= AT_MOST_OF_INT8 * least, f"{mib[ours]:.2f} of {least:.2f} MiB"))
+    for other in (base, *int8[-1:], *(["fp8"] if "fp8" in best.index else [])):
+        if other:
+            found.append(_speed_claim(best, ours, other, base))
+    return found
+
+
+def _speed_claim(best: pd.DataFrame, ours: str, other: str, base: str | None) -> tuple[str, bool | None, str]:
+    """How long a decode step takes beside the other method's; None where a step is not about weights, or the machine busy."""
+    name, other_name = _TITLES.get(ours, ours), _TITLES[other]
+    text = f"{name} decodes a token faster than {other_name}"
+    at_most = 1.0
+    if other in _INT8:
+        at_most = AT_MOST_OVER_INT8
+        text = f"{name} decodes a token in at most {at_most} of the time of {other_name}"
+    mine_ms, other_ms = best["tpot_ms"][ours], best["tpot_ms"][other]
+    if pd.isna(mine_ms) or pd.isna(other_ms):
+        return text, None, "outputs of one token have no decode step"
+    detail = f"{mine_ms:.2f} and {other_ms:.2f} ms a token, {other_ms / mine_ms:.2f} ×"
+    weights_mib = best["linear_weights_mib"].max()
+    if best["backend"][ours] in ("reference", "simulate"):
+        return text, None, f"{detail}; the {best['backend'][ours]} backend is no kernel"
+    if base is None or weights_mib < TELLING_MIB:
+        return text, None, f"{detail}; {weights_mib:.0f} MiB of linear weights are too few to matter"
+    preempted = best["preemptions_per_token"][[ours, other]].max()
+    if preempted > AT_MOST_PREEMPTIONS:
+        return text, None, f"{detail}; the machine is busy with other work: {preempted:.1f} preemptions a token"
+    return text, bool(mine_ms < at_most * other_ms), detail

@@ -1,0 +1,212 @@
+"""The linear layers that FlexQ is compared with end to end, as torch computes them, and the bytes that models take.
+
+Each takes an nn.Linear and leaves it alone. On a GPU all are written for torch.compile, which makes one kernel of quantising
+activations and one of a product and its scaling.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flexq_core.runtime.convert import linear_weight_bytes
+from flexq_core.workbook.records import Skipped
+
+_INT8_ENGINES = ("onednn", "x86", "fbgemm")
+_INT_MM_ROWS = 32  # torch._int_mm wants more than 16 on a GPU
+
+
+class Int8WeightLinear(nn.Module):
+    """W8A16: INT8 weights, a scale an output channel.
+
+    On a CPU bfloat16 activations through torch's `_weight_int8pack_mm`: a plain baseline as torch ships it. On a GPU a product
+    with the weights cast in it, which torch.compile fuses for few tokens (so do gpt-fast and torchao).
+    Buffers: weight [N, K] int8, weight_scale [N] bfloat16.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        codes, scales = _int8_rows(linear.weight.data, torch.bfloat16)
+        self.register_buffer("weight", codes)
+        self.register_buffer("weight_scale", scales)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N] in x's dtype."""
+        if x.is_cuda:
+            y = F.linear(x, self.weight.to(x.dtype)) * self.weight_scale.to(x.dtype)
+            return y if self.bias is None else y + self.bias
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+        y = torch._weight_int8pack_mm(rows, self.weight, self.weight_scale).to(x.dtype)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weight with its scales."""
+        return self.weight.nbytes + self.weight_scale.nbytes
+
+
+class Int8Linear(nn.Module):
+    """W8A8 on a GPU: a scale an output channel and a token, exact integer sums by `torch._int_mm` (cuBLAS).
+
+    Buffers: weight [N, K] int8, weight_scale [N] float32. K and N are multiples of 8.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        codes, scales = _int8_rows(linear.weight.data, torch.float32)
+        self.register_buffer("weight", codes)
+        self.register_buffer("weight_scale", scales)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N] in x's dtype."""
+        codes, scales = _int8_rows(x.reshape(-1, x.shape[-1]), torch.float32)
+        padding = max(0, _INT_MM_ROWS - len(codes))
+        sums = torch._int_mm(F.pad(codes, (0, 0, 0, padding)), self.weight.T)[: len(codes)]
+        y = (sums * scales[:, None] * self.weight_scale).to(x.dtype)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weight with its scales."""
+        return self.weight.nbytes + self.weight_scale.nbytes
+
+
+class Fp8Linear(nn.Module):
+    """W8A8 in FP8 (e4m3) on a GPU: a scale an output channel and a token, through `torch._scaled_mm`.
+
+    Its product comes out in bfloat16. Buffers: weight [N, K] float8_e4m3fn, weight_scale [N] float32.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        codes, scales = _fp8_rows(linear.weight.data)
+        self.register_buffer("weight", codes)
+        self.register_buffer("weight_scale", scales)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N] in x's dtype."""
+        codes, scales = _fp8_rows(x.reshape(-1, x.shape[-1]))
+        options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        y = torch._scaled_mm(codes, self.weight.T, scales[:, None], self.weight_scale[None, :], **options).to(x.dtype)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weight with its scales."""
+        return self.weight.nbytes + self.weight_scale.nbytes
+
+
+class DynamicInt8Linear(nn.Module):
+    """W8A8 on a CPU: torch's dynamic quantisation, a scale an output channel, activations a scale a call.
+
+    Its packed weight is no tensor that could be counted; what it holds is a byte a weight, and a float32 scale and an int32
+    zero point a channel.
+    """
+
+    def __init__(self, linear: nn.Linear, engine: str) -> None:
+        super().__init__()
+        self._weights, self._outputs = linear.weight.numel(), linear.out_features
+        self._bias_bytes = 0 if linear.bias is None else linear.bias.nbytes
+        before, torch.backends.quantized.engine = torch.backends.quantized.engine, engine
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it is deprecated; its successor is another package
+                plan = {"": torch.ao.quantization.per_channel_dynamic_qconfig}
+                sequence = nn.Sequential(copy.deepcopy(linear))
+                self.inner = torch.ao.quantization.quantize_dynamic(sequence, plan, dtype=torch.qint8)[0]
+        finally:
+            torch.backends.quantized.engine = before
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] float32 → [..., N] float32."""
+        return self.inner(x)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weight with its scales and zero points."""
+        return self._weights + 8 * self._outputs
+
+    def hidden_bytes(self) -> int:
+        """Bytes held outside parameters and buffers: the weight and the bias."""
+        return self.weight_bytes() + self._bias_bytes
+
+
+_EIGHT_BIT_LAYERS = (Int8WeightLinear, Int8Linear, Fp8Linear, DynamicInt8Linear)
+
+
+def block_weight_bytes(model: nn.Module) -> int:
+    """Bytes of the weights of the blocks' linear layers in the form they have: floating point, 8 bits or packed, with scales."""
+    eight = sum(layer.weight_bytes() for layer in model.modules() if isinstance(layer, _EIGHT_BIT_LAYERS))
+    return eight + linear_weight_bytes(model)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, memory that several share counted once, and of what torch packs out of sight."""
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    hidden = sum(layer.hidden_bytes() for layer in model.modules() if isinstance(layer, DynamicInt8Linear))
+    return sum(held.values()) + hidden
+
+
+def _int8_rows(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes [M, K] int8 in [-127, 127] and scales [M] so that x ≈ codes * scales; codes belong to the scale as it is stored."""
+    scales = (x.float().abs().amax(-1) / 127).to(scale_dtype)
+    steps = scales.float().clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    return (x.float() / steps).round().clamp(-127, 127).to(torch.int8), scales
+
+
+def _fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [M, K] float8_e4m3fn and scales [M] float32 so that x ≈ codes * scales."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scales = (x.float().abs().amax(-1) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+    return (x.float() / scales[:, None]).clamp(-largest, largest).to(torch.float8_e4m3fn), scales
+
+
+def require_fp8(layers: dict[str, nn.Linear], device: torch.device) -> None:
+    """Raise Skipped unless `Fp8Linear` runs there on these layers."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise Skipped("FP8 products run on GPUs of compute capability 8.9 or later")
+    _require_multiples(layers, 16, "FP8")
+
+
+def require_int8(layers: dict[str, nn.Linear]) -> None:
+    """Raise Skipped unless `Int8Linear` takes these layers."""
+    _require_multiples(layers, 8, "INT8")
+
+
+def _require_multiples(layers: dict[str, nn.Linear], of: int, what: str) -> None:
+    if any(size % of for layer in layers.values() for size in layer.weight.shape):
+        raise Skipped(f"torch's {what} product on a GPU takes layers whose sizes are multiples of {of}")
+
+
+def require_weight_only(layers: dict[str, nn.Linear]) -> None:
+    """Raise Skipped unless torch's INT8 weight-only product runs on every shape of these layers here."""
+    for linear in {tuple(layer.weight.shape): layer for layer in layers.values()}.values():
+        try:
+            made = Int8WeightLinear(linear)
+            made(torch.zeros(1, linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device))
+        except (AttributeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise Skipped(f"torch's INT8 weight-only product does not run here: {reason}") from None
+
+
+def fastest_engine(linear: nn.Linear, rows: int) -> str:
+    """Of torch's INT8 engines the one that is fastest on `rows` tokens of this layer; Skipped where torch has none."""
+    supported = [engine for engine in _INT8_ENGINES if engine in torch.backends.quantized.supported_engines]
+    supported = supported or [e for e in torch.backends.quantized.supported_engines if e == "qnnpack"]
+    if not supported:
+        raise Skipped("this torch has no engine for dynamic INT8")
+    x = torch.randn(rows, linear.in_features, generator=torch.Generator().manual_seed(0))
+
+    def best_s(engine: str) -> float:
+        layer, times = DynamicInt8Linear(linear, engine), []
+        for _ in range(30):
+            start = time.perf_counter()
+            layer(x)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return min(supported, key=best_s)

@@ -1,0 +1,64 @@
+"""Where the time of a decode step goes on a GPU, and what it could not go below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexq_core.studies.e2e.decode import cache_bytes
+from flexq_core.studies.e2e.linears import model_bytes
+
+PARTS = ("gemm", "attention", "other")
+"""Of a step: matrix products, attention, and all else (norms, quantisation, rotary embeddings, caches, sampling)."""
+
+_NAMES = {
+    "attention": ("fmha", "flash", "attention", "softmax"),
+    "gemm": ("w6ax", "gemm", "gemv", "nvjet", "cutlass", "xmma", "_mm", "splitk", "split_k", "cublas"),
+}
+_REPLAYS = 8
+STEPS = 1 + _REPLAYS
+"""That `parts_ms` runs."""
+
+
+def step_bytes(model: nn.Module, cache: Any, tokens: int) -> int:
+    """Bytes that a decode step must read: all weights but the embedding's rows, and the keys and values of `tokens` positions."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    unread = 0 if embedding.data_ptr() == head.data_ptr() else embedding.nbytes
+    return model_bytes(model) - unread + cache_bytes(cache, tokens)
+
+
+def parts_ms(step: Callable[[], None]) -> dict[str, float]:
+    """Milliseconds of a step by part of PARTS, and `idle`, when no kernel runs; nothing where the profiler sees no kernel.
+
+    step: launches one step on the current GPU; called STEPS times.  Kernels that overlap count once, as the one that began first.
+    """
+    step()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(_REPLAYS):
+            step()
+        torch.cuda.synchronize()
+    on_gpu = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = sorted((event.time_range.start, event.time_range.end, event.name) for event in on_gpu)
+    return shares_ms(kernels, _REPLAYS) if kernels else {}
+
+
+def shares_ms(kernels: list[tuple[float, float, str]], steps: int) -> dict[str, float]:
+    """Kernels (start, end, name) in microseconds and in order, of so many equal steps → milliseconds a step by part."""
+    busy = dict.fromkeys((*PARTS, "idle"), 0.0)
+    now = kernels[0][0]
+    for start, end, name in kernels:
+        busy["idle"] += max(0.0, start - now)
+        busy[part_of(name)] += max(0.0, end - max(start, now))
+        now = max(now, end)
+    return {part: total / steps / 1e3 for part, total in busy.items()}
+
+
+def part_of(kernel: str) -> str:
+    """The part of a step that a kernel of this name belongs to."""
+    name = kernel.lower()
+    return next((part for part, marks in _NAMES.items() if any(mark in name for mark in marks)), "other")
