@@ -11,6 +11,8 @@ Importing this package compiles nothing, downloads nothing and does not import t
 
 from importlib import import_module
 
+from flexq_core.runtime.registration import register
+
 __version__ = "0.1.0"
 
 # Loaded on first use, so that `import flexq_core` stays light.
@@ -19,6 +21,8 @@ _LAZY = {
     "LayerPrecision": "flexq_core.quant.plan",
     "FlexQLinear": "flexq_core.runtime.linear",
     "quantize_model": "flexq_core.runtime.convert",
+    "FlexQConfig": "flexq_core.runtime.hf_quantizer",
+    "load": "flexq_core.runtime.checkpoint",
     "fuse_": "flexq_core.runtime.fuse",
     "quant": None,
     "runtime": None,
@@ -26,6 +30,9 @@ _LAZY = {
     "studies": None,
     "workbook": None,
 }
+
+
+register()  # so that transformers reads 6-bit checkpoints
 
 
 def __getattr__(name: str):

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 COMMANDS = {
+    "quantize": ("flexq_core.studies.quantize_command", "keep a model's 6-bit checkpoint"),
     "doctor": ("flexq_core.studies.doctor", "what this machine has, what will run on it, and how to get the rest"),
 }
 """Name → module, imported when it is asked for, and a line of help."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 import transformers
 
+from flexq_core.sources.demo import demo_path
+
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96, "max_position_embeddings": 64}
 GATED = dict(hidden_size=64, intermediate_size=176, **SIZES)
 
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(num_key_value_heads=4, **GATED),
     "llama-3": lambda: transformers.LlamaConfig(num_key_value_heads=2, tie_word_embeddings=True, **GATED),
+    "llama-3-untied": lambda: transformers.LlamaConfig(num_key_value_heads=2, **GATED),
     "qwen": lambda: transformers.Qwen2Config(num_key_value_heads=2, **GATED),
     "mistral": lambda: transformers.MistralConfig(num_key_value_heads=2, **GATED),
     "opt": lambda: transformers.OPTConfig(
@@ -28,6 +31,14 @@ def tiny_model(architecture: str, seed: int = 0):
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def save_model(model, folder, max_shard_size: str = "40KB"):
+    """The model and a tokenizer as a transformers folder, in several files unless `max_shard_size` is large; returns it."""
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    for file in demo_path("demo-llama").glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
 
 
 def logits(model, seed: int = 1):

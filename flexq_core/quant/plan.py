@@ -102,6 +102,11 @@ class PrecisionPlan:
             data = json.loads(text, object_pairs_hook=_without_duplicates)
         except json.JSONDecodeError as error:
             raise PlanError(f"the plan is not JSON: {error}") from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> PrecisionPlan:
+        """A plan from what its JSON says; PlanError says what is wrong, and where."""
         _require_keys(data, {"format", "version", "name", "group_size", "layers"}, "the plan")
         if data["format"] != FORMAT:
             raise PlanError(f"the plan's format is {data['format']!r}; accepted: {FORMAT!r}")
@@ -117,6 +122,10 @@ class PrecisionPlan:
             except PlanError as error:
                 raise PlanError(f"layer {layer!r}: {error}") from None
         return cls(data["name"], layers, data["group_size"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the plan's JSON says; `from_dict` gives back an equal plan."""
+        return json.loads(self.to_json())
 
     def to_json(self) -> str:
         """The plan as JSON, one layer a line; `from_json` gives back an equal plan."""

@@ -56,17 +56,39 @@ def quantize_model(
     progress: show a bar, one step a layer.
 
     Layers are quantised one at a time. What is not quantised (embeddings, norms, head) shares its memory with `model`, so
-    that the new model costs only its packed weights; delete `model` to free the originals.
+    that the new model costs only its packed weights; delete `model` to free the originals. `save_pretrained` of the new model
+    writes a 6-bit checkpoint (runtime/checkpoint_format.py).
     Raises PlanError for a plan that does not fit, ValueError for a weight that is not finite (names the layer).
     """
     plan = resolve_plan(plan, model)
-    return replace_linear_layers(
+    quantised = replace_linear_layers(
         model,
         lambda name, linear: FlexQLinear.from_linear(
             linear, precision=plan.layers[name], group_size=plan.group_size, backend=backend
         ),
         progress=progress,
     )
+    if hasattr(quantised, "save_pretrained"):
+        from flexq_core.runtime.hf_quantizer import make_savable  # imports transformers, as this model's class has done
+
+        make_savable(quantised, plan)
+    return quantised
+
+
+def empty_layers_in_place(model: nn.Module, plan: PrecisionPlan) -> None:
+    """Put a `FlexQLinear` without weights, to be loaded, in the place of every linear layer that the plan names."""
+    for name, bits in plan.layers.items():
+        linear = model.get_submodule(name)
+        layer = FlexQLinear(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            precision=bits,
+            group_size=plan.group_size,
+            dtype=linear.weight.dtype,
+            device=linear.weight.device,
+        )
+        model.set_submodule(name, layer)
 
 
 def replace_linear_layers(

@@ -10,10 +10,19 @@ from torch import Tensor, nn
 
 from flexq_core.quant.packing import pack_codes, packed_bytes
 from flexq_core.quant.plan import LayerPrecision
-from flexq_core.quant.quantize import quantize_weight
+from flexq_core.quant.quantize import Quantized, quantize_weight
 from flexq_core.quant.spec import GROUP_SIZE, group_count
 from flexq_core.runtime import activations, cuda, ops
 from flexq_core.runtime.chunks import unpack_chunks
+
+
+def packed_parameters(quantized: Quantized) -> dict[str, Tensor]:
+    """What a `FlexQLinear` keeps of a quantised weight, by the names of its parameters."""
+    return {
+        "weight": pack_codes(quantized.codes, quantized.bits),
+        "weight_scale": quantized.scales,
+        "weight_exponent": quantized.exponents,
+    }
 
 
 class FlexQLinear(nn.Module):
@@ -28,6 +37,9 @@ class FlexQLinear(nn.Module):
     On a GPU the kernel reads weight and scale in an order of its own, and they are kept in that order only: the buffer
     `chunks`. `canonical` and the state dict give them as above.
     """
+
+    # In transformers' tensor parallelism forward sees plain tensors, this process's parts of the parameters.
+    _hf_quantized_needs_local_tp = True
 
     def __init__(
         self,
@@ -87,11 +99,9 @@ class FlexQLinear(nn.Module):
             device=linear.weight.device,
         )
         with torch.no_grad():
-            bits = layer.precision.weight_bits
-            quantized = quantize_weight(linear.weight, bits=bits, group_size=group_size)
-            layer.weight.copy_(pack_codes(quantized.codes, bits))
-            layer.weight_scale.copy_(quantized.scales)
-            layer.weight_exponent.copy_(quantized.exponents)
+            quantized = quantize_weight(linear.weight, bits=layer.precision.weight_bits, group_size=group_size)
+            for name, tensor in packed_parameters(quantized).items():
+                getattr(layer, name).copy_(tensor)
             if linear.bias is not None:
                 layer.bias.copy_(linear.bias)
         return layer
@@ -173,20 +183,26 @@ class FlexQLinear(nn.Module):
             bits, device = self.precision.weight_bits, self.weight.device
             backend = ops.resolve_backend(self.backend, device, bits, self.group_size, self.precision.activation_bits)
             chunks = cuda.repack(self.weight, self.weight_scale, backend) if backend in cuda.BACKENDS else None
+            if getattr(getattr(self, "_hf_hook", None), "offload", False):
+                return backend, chunks  # accelerate brings the weights for each call, and takes them away after it
             self._prepared, self.chunks = (self.backend, backend), chunks
             for parameter in (self.weight, self.weight_scale) if chunks is not None else ():
-                parameter.data = parameter.new_empty(len(parameter), 0)
+                if isinstance(parameter, nn.Parameter):  # in tensor parallelism it is the part that a parameter keeps
+                    parameter.data = parameter.new_empty(len(parameter), 0)
         return self._prepared[1], self.chunks
 
     def canonical(self) -> tuple[Tensor, Tensor]:
         """`weight` and `weight_scale` as they are stored, whatever this layer keeps; unpacked anew where it keeps chunks."""
-        if self.chunks is None:
+        if not self._holds_chunks_only():
             return self.weight, self.weight_scale
         return unpack_chunks(self.chunks, len(self.weight_exponent), planes=self._prepared[1] == "bmma")
 
+    def _holds_chunks_only(self) -> bool:
+        return self.chunks is not None and self.weight.shape[1] == 0
+
     def _restore(self) -> None:
         """Undo `prepare`."""
-        if self.chunks is not None:
+        if self._holds_chunks_only():
             self.weight.data, self.weight_scale.data = self.canonical()
         self.chunks = self._prepared = None
 
@@ -212,7 +228,7 @@ class FlexQLinear(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.chunks is not None:
+        if self._holds_chunks_only():
             destination[f"{prefix}weight"], destination[f"{prefix}weight_scale"] = self.canonical()
 
     def _load_from_state_dict(self, *arguments, **options) -> None:

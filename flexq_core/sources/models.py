@@ -73,6 +73,39 @@ def locate_model(name: str) -> str:
     )
 
 
+def model_folder(name: str) -> Path:
+    """The folder with the files of the model `name`: downloaded first where it is on the hub, but never pickled weights.
+
+    Raises ModelError, with the next step, as `load_model`.
+    """
+    place = locate_model(name)
+    if Path(place).is_dir():
+        return Path(place)
+    from huggingface_hub import snapshot_download
+
+    patterns = [
+        "model*.safetensors",
+        "*.json",
+        "*.txt",
+        "*.model",
+        "*.jinja",
+        "*.tiktoken",
+        "LICENSE*",
+        "NOTICE*",
+        "USE_POLICY*",
+    ]
+    try:
+        folder = Path(snapshot_download(place, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except Exception as error:  # its errors have no common base
+        raise ModelError(_explain(name, place, error)) from error
+    if not any(folder.glob("model*.safetensors")):
+        raise ModelError(
+            f"the hub's {place} has no safetensors weights, and pickled ones, which can run code, are not read: convert it "
+            "where you trust it (https://huggingface.co/spaces/safetensors/convert) and give the folder"
+        )
+    return folder
+
+
 def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
     """Load a model and its tokenizer for inference.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -15,10 +16,11 @@ from torch import nn
 from flexq_core.quant import GROUP_SIZE, PrecisionPlan, dequantize, pack_codes, quantize_weight, unpack_codes
 from flexq_core.quant.layers import linear_layers
 from flexq_core.runtime import ops
+from flexq_core.runtime.checkpoint_format import VERSION
 from flexq_core.runtime.convert import linear_weight_bytes, quantize_model
 from flexq_core.sources.models import LoadedModel
 from flexq_core.studies.parameters import require_at_least
-from flexq_core.workbook import figures
+from flexq_core.workbook import figures, paths
 from flexq_core.workbook.records import Measurement
 from flexq_core.workbook.run import Run
 
@@ -153,6 +155,21 @@ def plot_sizes(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def keep(run: Run, quantised: Any, tokenizer: Any) -> Path:
+    """Write a quantised model and its tokenizer to the outputs, as a 6-bit checkpoint; returns its folder."""
+    plan = quantised.config.quantization_config.plan
+    folder = run.outputs / "checkpoints" / f"{paths.run_label(run.parameters)}-{paths.model_label(plan.name)}"
+    quantised.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def files(folder: Path) -> pd.DataFrame:
+    """What a folder holds, in KiB."""
+    sizes = {file.name: file.stat().st_size / 2**10 for file in sorted(folder.iterdir())}
+    return pd.DataFrame({"file": sizes.keys(), "size_kib": sizes.values()})
+
+
 def _split(layer: str) -> tuple[str, str]:
     """model.layers.3.mlp.up_proj → (3, up_proj)."""
     parts = layer.split(".")
@@ -160,11 +177,14 @@ def _split(layer: str) -> tuple[str, str]:
     return parts[number], parts[-1]
 
 
-def check(run: Run, original: LoadedModel, quantised: nn.Module, plan: PrecisionPlan, prompt: str) -> dict[str, float]:
+def check(
+    run: Run, original: LoadedModel, quantised: nn.Module, kept: nn.Module, plan: PrecisionPlan, prompt: str
+) -> dict[str, float]:
     """Measure, as records, what the notebook claims: metric → value.
 
     bits_per_weight; codes_lost by packing; backend_difference between this machine's fastest backend and `reference`;
-    logits_difference between the quantised and the original model. Differences are relative, on the prompt's logits.
+    logits_difference between the quantised and the original model; checkpoint_difference between the quantised model and
+    `kept`, which was saved and loaded again. Differences are relative, on the prompt's logits.
     """
     ids = original.tokenizer(prompt, return_tensors="pt").input_ids
 
@@ -180,7 +200,13 @@ def check(run: Run, original: LoadedModel, quantised: nn.Module, plan: Precision
         }
 
     inputs = {"fingerprint": original.fingerprint, "plan": plan.to_json(), "prompt": prompt, "backend": _backend(run)}
-    records = run.records.once(model=original.name, method=plan.name, parameters=inputs, seed=0, compute=measured)
+    facts = {"model": original.name, "method": plan.name, "seed": 0}
+    records = run.records.once(**facts, parameters=inputs, compute=measured)
+    records |= run.records.once(
+        **facts,
+        parameters={**inputs, "checkpoint_format": VERSION},
+        compute=lambda: {"checkpoint_difference": Measurement(logits_difference(kept, quantised, ids), "1")},
+    )
     return {metric: record.value for metric, record in records.items()}
 
 

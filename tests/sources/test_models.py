@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flexq_core.sources import demo
-from flexq_core.sources.models import HUB_MODELS, ModelError, load_model, locate_model
+from flexq_core.sources.models import HUB_MODELS, ModelError, load_model, locate_model, model_folder
 from tests.models import tiny_model
 
 
@@ -55,6 +55,31 @@ def test_without_network_the_message_names_the_next_step(monkeypatch):
     with pytest.raises(ModelError, match=r"cannot load the model 'opt-125m' \(facebook/opt-125m\)") as error:
         load_model("opt-125m")
     assert "the folder of a snapshot" in str(error.value)
+
+
+def test_a_models_folder_is_the_local_one_or_downloaded_without_pickles(tmp_path, monkeypatch):
+    assert model_folder("demo-llama") == demo.demo_path("demo-llama")
+    asked = {}
+
+    def download(place, **options):
+        asked.update(options, place=place)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(
+        ModelError, match=r"facebook/opt-125m has no safetensors weights, and pickled ones.* convert it"
+    ):
+        model_folder("opt-125m")
+    (tmp_path / "model.safetensors").touch()
+    assert model_folder("opt-125m") == tmp_path
+    assert asked["place"] == "facebook/opt-125m" and not any("bin" in pattern for pattern in asked["allow_patterns"])
+
+    def offline(place, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(ModelError, match="the hub cannot be reached and the model is not in the local cache"):
+        model_folder("opt-125m")
 
 
 def test_the_fingerprint_follows_the_weights(tmp_path):

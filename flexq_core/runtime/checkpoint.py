@@ -1,0 +1,138 @@
+"""Load a 6-bit checkpoint, and refuse one that is not what was saved."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexq_core.quant.plan import PrecisionPlan
+from flexq_core.runtime.checkpoint_format import (
+    METHOD,
+    CheckpointError,
+    checksum,
+    headers,
+    open_shard,
+    read_config,
+    read_metadata,
+    require_version,
+    shards,
+)
+from flexq_core.runtime.convert import empty_layers_in_place, resolve_plan
+from flexq_core.runtime.linear import FlexQLinear
+
+PACKED = {"weight": "U8", "weight_scale": "F16", "weight_exponent": "I8"}
+FLOATS = ("F32", "F16", "BF16")
+"""Types of a packed layer's tensors and of ordinary ones, as safetensors calls them."""
+
+
+def load(folder: str | Path, *, backend: str = "auto", **options: Any) -> Any:
+    """The model of a 6-bit checkpoint, every tensor of which is there, fits, and has the bits that were saved.
+
+    folder: written by `python -m flexq_core quantize` or by `save_pretrained`.  backend: of its layers, see runtime/ops.py.
+    options: for transformers' `from_pretrained`, such as `dtype`, `device_map` or `distributed_config`.
+    Raises CheckpointError, which says what to do, for a folder that is no such checkpoint, a newer format, pickled weights,
+    a file that is absent or cut off, a tensor that is missing, unexpected, of the wrong shape or altered; PlanError for
+    a plan that does not fit the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder).expanduser()
+    verify(folder)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, **options
+    )
+    if wrong := {what: names for what, names in found.items() if names}:
+        raise CheckpointError(f"{folder}: transformers could not place all tensors: {wrong}")
+    for module in model.modules():
+        if isinstance(module, FlexQLinear):
+            module.backend = backend
+    return model
+
+
+def verify(folder: Path) -> None:
+    """Read every tensor of a checkpoint and raise CheckpointError or PlanError, as `load` does, unless all is as it was saved.
+
+    Warns of tensors without a checksum, which `save_pretrained` leaves to models that were partly offloaded.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{str(folder)!r} is no folder; accepted: one that `python -m flexq_core quantize` wrote")
+    quantization = read_config(folder).get("quantization_config") or {}
+    if quantization.get("quant_method") != METHOD:
+        raise CheckpointError(
+            f"{folder} is no 6-bit checkpoint (its quant_method is {quantization.get('quant_method')!r}): make one with "
+            f"`python -m flexq_core quantize {folder} <out>`"
+        )
+    require_version(quantization.get("format_version"))
+    plan = PrecisionPlan.from_dict(quantization.get("plan"))
+    model = empty_model(folder)
+    resolve_plan(plan, model)
+    empty_layers_in_place(model, plan)
+    files = shards(folder)
+    require_tensors(model, {name: (file, shape, dtype) for file in files for name, shape, dtype in headers(file)})
+    for file in files:
+        verify_shard(file)
+
+
+def empty_model(folder: Path) -> nn.Module:
+    """The unquantised model of a folder's config.json, without weights (on the meta device)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} describes no causal language model: {error}") from error
+
+
+def require_tensors(model: nn.Module, tensors: dict[str, tuple[Path, list[int], str]]) -> None:
+    """Raise CheckpointError unless these tensors, name → (file, shape, type), are the model's."""
+    expected = model.state_dict()
+    packed = {name for name, module in model.named_modules() if isinstance(module, FlexQLinear)}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    tied = tied | {source: name for name, source in tied.items()}
+    if missing := [name for name in expected if name not in tensors and tied.get(name) not in tensors]:
+        raise CheckpointError(
+            f"{len(missing)} tensors are missing, first {missing[0]!r}: a file was lost or the checkpoint is of another model; "
+            "copy it again or make it anew"
+        )
+    if unexpected := [name for name in tensors if name not in expected]:
+        name = unexpected[0]
+        raise CheckpointError(
+            f"{len(unexpected)} tensors are unexpected, first {name!r} in {tensors[name][0]}: they are of another model or of "
+            "another plan; copy the checkpoint again or make it anew"
+        )
+    for name, (file, shape, dtype) in tensors.items():
+        wanted, (layer, _, leaf) = expected[name], name.rpartition(".")
+        types = FLOATS if wanted.is_floating_point() else (dtype,)
+        if layer in packed and leaf in PACKED:
+            types = (PACKED[leaf],)
+        if shape != list(wanted.shape) or dtype not in types:
+            raise CheckpointError(
+                f"{name!r} in {file} is {dtype} of shape {shape}; accepted: {' or '.join(types)} of shape {list(wanted.shape)}: "
+                "the weights and config.json are not of one checkpoint; copy it again or make it anew"
+            )
+
+
+def verify_shard(file: Path) -> dict[str, Any]:
+    """Read every tensor of a file of weights against its checksum; returns the header's metadata. Raises CheckpointError."""
+    saved = read_metadata(file)
+    without = []
+    for name, _, _ in headers(file):
+        if name not in saved["sha256"]:
+            without.append(name)
+            continue
+        with open_shard(file) as shard:  # anew for each tensor, so that pages of the file do not stay in memory
+            if checksum(shard.get_tensor(name)) != saved["sha256"][name]:
+                raise CheckpointError(
+                    f"{name!r} in {file} is altered: its bits are not those that were saved; copy the file again or make it anew"
+                )
+    if without:
+        warnings.warn(f"{file}: {len(without)} tensors have no checksum, first {without[0]!r}", stacklevel=2)
+    return saved

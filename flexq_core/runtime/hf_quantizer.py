@@ -1,0 +1,163 @@
+"""The plug-in by which transformers saves and loads 6-bit models; imported by runtime/registration.py.
+
+    model = AutoModelForCausalLM.from_pretrained("a 6-bit checkpoint")
+    model = AutoModelForCausalLM.from_pretrained("any model", quantization_config=FlexQConfig("flexq"))
+    model.save_pretrained("folder")
+
+Files hold the canonical form, the same for every machine; a layer repacks it for its kernel when it first runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.core_model_loading import ConversionOps
+from transformers.distributed.tensor_parallel import (
+    ALL_PARALLEL_STYLES,
+    TensorParallelLayer,
+    replace_layer_number_by_wildcard,
+)
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from flexq_core.quant.plan import PrecisionPlan
+from flexq_core.quant.quantize import quantize_weight
+from flexq_core.quant.spec import group_count
+from flexq_core.runtime.checkpoint_format import METHOD, VERSION, checksums, metadata, require_version
+from flexq_core.runtime.convert import empty_layers_in_place, resolve_plan
+from flexq_core.runtime.linear import FlexQLinear, packed_parameters
+
+
+@register_quantization_config(METHOD)
+class FlexQConfig(QuantizationConfigMixin):
+    """How a model is quantised, for `from_pretrained(..., quantization_config=...)` and in a checkpoint's config.json.
+
+    plan: `w6a6`, `w6a8`, `flexq`, a plan file (`*.json`), a PrecisionPlan, or one as a dictionary (as config.json has it).
+    Raises PlanError for what is no plan, CheckpointError for a format version that this release cannot read.
+    """
+
+    def __init__(
+        self,
+        plan: PrecisionPlan | dict | str | Path = "flexq",
+        format_version: int = VERSION,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        require_version(format_version)  # before what a newer format may have added
+        if unknown:
+            raise TypeError(f"FlexQConfig has no {', '.join(map(repr, unknown))}; accepted: plan")
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.plan = PrecisionPlan.from_dict(plan) if isinstance(plan, dict) else plan
+
+    def to_dict(self) -> dict[str, Any]:
+        plan = self.plan.to_dict() if isinstance(self.plan, PrecisionPlan) else str(self.plan)
+        return {"quant_method": self.quant_method, "format_version": self.format_version, "plan": plan}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+@register_quantizer(METHOD)
+class FlexQHfQuantizer(HfQuantizer):
+    """Puts `FlexQLinear` where the plan says, before weights are loaded; quantises them as they come if they are not yet."""
+
+    requires_calibration = False
+    is_trainable = False
+    is_compileable = True
+    quantized_element_size = 1
+    """Bytes of a weight that comes unquantised, at most, for what plans memory before it comes."""
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        plan = resolve_plan(self.quantization_config.plan, model)
+        self.quantization_config.plan = plan
+        weights = {name: model.get_submodule(name).weight for name in plan.layers}
+        empty_layers_in_place(model, plan)
+        if (
+            not self.pre_quantized
+        ):  # the original's type stands there until its weight comes: transformers 5.17 casts to it
+            for name, weight in weights.items():
+                model.get_submodule(name).weight = weight
+        _keep_exponents_whole(model)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for name, layer in model.named_modules():
+            if isinstance(layer, FlexQLinear):
+                layer.requires_grad_(False)  # loading makes every floating-point parameter trainable
+                _require_whole_groups(name, layer)
+        return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
+        if self.pre_quantized:
+            return False
+        layer, _, leaf = param_name.rpartition(".")
+        needed = leaf == "weight" and isinstance(model.get_submodule(layer), FlexQLinear)
+        if needed and (getattr(model, "_tp_size", None) or 1) > 1:
+            raise ValueError(
+                "a model cannot be quantised while it is loaded in parts by several processes: keep a 6-bit checkpoint first "
+                "(python -m flexq_core quantize), then load that one"
+            )
+        return needed
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _QuantizeWeight()
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        return None, metadata(checksums(model.state_dict()))
+
+
+class _QuantizeWeight(ConversionOps):
+    """A weight as it is read → what a `FlexQLinear` keeps of it."""
+
+    def convert(
+        self, input_dict: dict[str, Any], *, full_layer_name: str, model: nn.Module, **_: Any
+    ) -> dict[str, Tensor]:
+        (weight,) = input_dict.values()
+        if isinstance(weight, list):
+            (weight,) = weight
+        layer = model.get_submodule(full_layer_name.rpartition(".")[0])
+        quantized = quantize_weight(weight, bits=layer.precision.weight_bits, group_size=layer.group_size)
+        prefix = full_layer_name.removesuffix("weight")
+        return {prefix + name: tensor for name, tensor in packed_parameters(quantized).items()}
+
+
+def make_savable(model: nn.Module, plan: PrecisionPlan) -> None:
+    """Give a model that `quantize_model` made what `save_pretrained` asks of a quantised model.
+
+    It is not marked `is_quantized`, for which transformers would refuse `half()` and `float()`: these layers take both.
+    """
+    quantizer = FlexQHfQuantizer(FlexQConfig(plan), pre_quantized=True)
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+
+
+def _keep_exponents_whole(model: nn.Module) -> None:
+    """In tensor parallelism a layer's parameters follow its style: `rowwise` cuts the inputs, of which exponents have none."""
+    if "replicate" not in ALL_PARALLEL_STYLES:  # transformers 5.17
+        ALL_PARALLEL_STYLES.register("replicate", TensorParallelLayer())
+    for name, _ in model.named_parameters():
+        layer, _, leaf = replace_layer_number_by_wildcard(name).rpartition(".")
+        if leaf == "weight_exponent" and model.tp_plan.get(layer, "").startswith("rowwise"):
+            model.tp_plan[f"{layer}.{leaf}"] = "replicate"
+
+
+def _require_whole_groups(name: str, layer: FlexQLinear) -> None:
+    """Raise ValueError where processes that share a layer's inputs do not each hold whole groups."""
+    if not isinstance(layer.weight, DTensor):
+        return
+    groups, padded = group_count(layer.in_features, layer.group_size), bool(layer.in_features % layer.group_size)
+    for dimension, placement in enumerate(layer.weight.placements):
+        processes = layer.weight.device_mesh.size(dimension)
+        if placement.is_shard(1) and (groups % processes or padded):
+            accepted = [1] if padded else [number for number in range(1, groups + 1) if groups % number == 0]
+            raise ValueError(
+                f"layer {name!r} has {layer.in_features} inputs in {groups} groups of {layer.group_size}, which {processes} "
+                f"processes cannot share; accepted for tensor parallelism: {', '.join(map(str, accepted))}"
+            )

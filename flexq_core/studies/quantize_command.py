@@ -1,0 +1,58 @@
+"""`python -m flexq_core quantize`: a model's name → its 6-bit checkpoint on disk."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from flexq_core.quant.plan import RULES
+from flexq_core.runtime.quantize_files import Written, quantize_files
+from flexq_core.sources.models import ModelError, model_folder
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Quantise a model's files; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        written = quantize_files(
+            model_folder(options.model),
+            options.out,
+            options.plan,
+            name=Path(options.model).name if Path(options.model).is_dir() else options.model,
+            progress=True,
+        )
+    except (ModelError, OSError, ValueError) as error:  # a CheckpointError and a PlanError are ValueErrors
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted: the same command goes on where this one stopped ({options.out}.partial)", file=sys.stderr
+        )
+        return 130
+    _describe(written)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flexq_core quantize",
+        description="Write a model's 6-bit checkpoint. Files are read one tensor at a time; a run that was stopped goes on.",
+    )
+    parser.add_argument("model", help="a demo model, a paper model such as llama-2-7b, a hub id or a local folder")
+    parser.add_argument("out", type=Path, help="the folder to write; absent or empty")
+    parser.add_argument("--plan", default="flexq", help=f"{', '.join(RULES)}, or a plan file *.json (default: flexq)")
+    return parser
+
+
+def _describe(written: Written) -> None:
+    worst = min(written.sqnr_db, key=written.sqnr_db.__getitem__)
+    if written.left_out:
+        print(f"left out   {len(written.left_out)} tensors that the model does not use, first {written.left_out[0]}")
+    print(
+        f"weights    {written.original_bytes / 2**20:.1f} MiB are now {written.layer_bytes / 2**20:.1f} MiB, scales included\n"
+        f"SQNR       {statistics.median(written.sqnr_db.values()):.1f} dB in the median, "
+        f"{written.sqnr_db[worst]:.1f} dB in {worst}\n"
+        f"load       flexq_core.load({str(written.folder)!r})"
+    )

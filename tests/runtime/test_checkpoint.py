@@ -1,0 +1,216 @@
+"""`flexq_core.load` gives back what was saved, bit for bit, or says what is wrong with which file."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import flexq_core
+from flexq_core.quant import PlanError
+from flexq_core.runtime.checkpoint import verify
+from flexq_core.runtime.checkpoint_format import INDEX, SINGLE_FILE, CheckpointError, metadata
+from flexq_core.runtime.quantize_files import quantize_files
+from tests.models import logits, save_model, tiny_model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A Qwen2's 6-bit checkpoint in several files: its layers have biases."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return quantize_files(save_model(tiny_model("qwen"), folder / "source"), folder / "out").folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """A copy to be damaged."""
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def file_of(folder, tensor: str):
+    return folder / json.loads((folder / INDEX).read_text())["weight_map"][tensor]
+
+
+def edit_config(folder, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def refused(folder, text: str, error=CheckpointError) -> None:
+    with pytest.raises(error, match=text):
+        flexq_core.load(folder)
+
+
+def test_one_flipped_bit_in_any_tensor_is_found_and_the_tensor_named(copy):
+    verify(copy)
+    rng = random.Random(0)
+    names = json.loads((copy / INDEX).read_text())["weight_map"]
+    assert len(names) > 40
+    for name, file in names.items():
+        whole = (copy / file).read_bytes()
+        header = int.from_bytes(whole[:8], "little")
+        first, end = json.loads(whole[8 : 8 + header])[name]["data_offsets"]
+        damaged = bytearray(whole)
+        damaged[8 + header + rng.randrange(first, end)] ^= 1 << rng.randrange(8)
+        (copy / file).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"'{name}' in .*{file} is altered"):
+            verify(copy)
+        (copy / file).write_bytes(whole)
+    verify(copy)
+
+
+def test_an_altered_tensor_is_not_loaded(copy):
+    file = file_of(copy, "model.layers.0.mlp.up_proj.weight")
+    file.write_bytes(file.read_bytes()[:-1] + b"\xaa")
+    refused(copy, "is altered: its bits are not those that were saved; copy the file again")
+
+
+def test_files_that_are_cut_off_or_lost(copy):
+    file = file_of(copy, "model.layers.0.mlp.up_proj.weight")
+    file.write_bytes(file.read_bytes()[:-1])
+    refused(copy, f"{file.name} is truncated or no safetensors file")
+    file.write_bytes(b"")
+    refused(copy, f"{file.name} is truncated or no safetensors file")
+    file.unlink()
+    refused(copy, f"lacks {file.name}: copy the file again")
+    (copy / INDEX).write_text("{}")
+    refused(copy, "is no index of weights")
+    (copy / INDEX).unlink()
+    refused(copy, f"has no {SINGLE_FILE} and no {INDEX}: it holds no weights")
+    (copy / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    refused(copy, r"has only pickled weights \(pytorch_model.bin\), which can run code")
+
+
+def rewrite(file, change) -> None:
+    """The file with other tensors, and checksums that fit them."""
+    from flexq_core.runtime.checkpoint_format import checksums
+
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt", **metadata(checksums(tensors))})
+
+
+def test_tensors_that_are_not_the_models(copy, saved):
+    name = "model.layers.1.mlp.down_proj.weight"
+    file = file_of(copy, name)
+    whole = file.read_bytes()
+    rewrite(file, lambda tensors: tensors.pop(name))
+    refused(copy, f"1 tensors are missing, first '{name}'")
+    file.write_bytes(whole)
+    rewrite(file, lambda tensors: tensors.update({"model.layers.7.bias": torch.ones(3)}))
+    refused(copy, r"1 tensors are unexpected, first 'model.layers.7.bias' in .*safetensors")
+    file.write_bytes(whole)
+    rewrite(file, lambda tensors: tensors.update({name: tensors[name][:, :96].contiguous()}))
+    refused(copy, rf"'{name}' in .* is U8 of shape \[64, 96\]; accepted: U8 of shape \[64, 192\]")
+    file.write_bytes(whole)
+    rewrite(file, lambda tensors: tensors.update({name: tensors[name].view(torch.int8)}))
+    refused(copy, rf"'{name}' in .* is I8 of shape \[64, 192\]; accepted: U8")
+    file.write_bytes(whole)
+    scale = f"{name}_scale"
+    rewrite(file_of(copy, scale), lambda tensors: tensors.update({scale: tensors[scale].bfloat16()}))
+    refused(copy, rf"'{scale}' in .* is BF16 of shape .*; accepted: F16")
+
+
+def test_plans_and_formats_that_do_not_fit(copy):
+    plan = json.loads((copy / "config.json").read_text())["quantization_config"]["plan"]
+    less = {name: bits for name, bits in plan["layers"].items() if "layers.1." not in name}
+    edit_config(copy, plan=plan | {"layers": less})
+    refused(copy, "leaves out 7 of its 14 layers", PlanError)
+    eight = {"weight_bits": 8, "activation_bits": 8}
+    edit_config(copy, plan=plan | {"layers": plan["layers"] | {"model.layers.0.mlp.up_proj": eight}})
+    refused(copy, r"is U8 of shape \[176, 96\]; accepted: U8 of shape \[176, 128\]")
+    edit_config(copy, plan=plan | {"group_size": 32})
+    refused(copy, "accepted: .* of shape")
+    edit_config(copy, plan="flexq")
+    refused(copy, "the plan must be a JSON object", PlanError)
+    edit_config(copy, plan=plan, format_version=2)
+    refused(copy, "has format 2, newer than this release of flexq-core, which reads up to format 1: install a newer")
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(CheckpointError, match="has format 2, newer"):
+        AutoModelForCausalLM.from_pretrained(copy)
+    edit_config(copy, format_version="1")
+    refused(copy, "format_version is '1'; accepted: 1 to 1")
+    edit_config(copy, format_version=1, quant_method="gptq")
+    refused(copy, "is no 6-bit checkpoint .*'gptq'.*python -m flexq_core quantize")
+
+
+def test_folders_that_are_no_checkpoint(copy, tmp_path):
+    refused(tmp_path / "nowhere", "is no folder")
+    refused(tmp_path, "has no config.json")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": "no-such"}))
+    refused(copy, "describes no causal language model")
+    (copy / "config.json").write_text("[]")
+    refused(copy, "is not a JSON object")
+
+
+def test_saved_again_it_is_the_same_bit_for_bit(saved, tmp_path):
+    model = flexq_core.load(saved, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "again", max_shard_size="60KB")
+    again = flexq_core.load(tmp_path / "again", dtype=torch.float32)
+    first, second = model.state_dict(), again.state_dict()
+    assert first.keys() == second.keys()
+    assert all(first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(logits(model), logits(again))
+    again.save_pretrained(tmp_path / "third", max_shard_size="60KB")
+    files = sorted(file.name for file in (tmp_path / "again").glob("*.safetensors"))
+    assert len(files) > 1
+    for name in files:
+        a, b = (load_file(tmp_path / folder / name) for folder in ("again", "third"))
+        assert a.keys() == b.keys() and all(torch.equal(a[tensor], b[tensor]) for tensor in a)
+
+
+def test_what_quantize_model_made_is_saved_and_its_checksums_are_checked(tmp_path):
+    quantised = flexq_core.quantize_model(tiny_model("llama-3"), "w6a8")
+    quantised.save_pretrained(tmp_path)
+    loaded = flexq_core.load(tmp_path, dtype=torch.float32)
+    assert torch.equal(logits(loaded), logits(quantised))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight  # tied as before
+    file = tmp_path / SINGLE_FILE
+    file.write_bytes(file.read_bytes()[:-1] + b"\x3c")
+    refused(tmp_path, "is altered")
+
+
+@pytest.mark.parametrize("architecture", ["llama-3", "opt"])
+def test_a_fused_model_is_saved_as_it_was_before(architecture, tmp_path):
+    quantised = flexq_core.quantize_model(tiny_model(architecture), "flexq", backend="reference")
+    expected = logits(quantised)
+    flexq_core.fuse_(quantised).save_pretrained(tmp_path)
+    loaded = flexq_core.load(tmp_path, backend="reference", dtype=torch.float32)
+    assert torch.equal(logits(loaded), expected)
+    assert torch.equal(logits(flexq_core.fuse_(loaded)), expected)
+
+
+def test_tensors_without_checksums_are_loaded_with_a_warning(copy):
+    file = file_of(copy, "model.layers.0.mlp.up_proj.weight")
+    tensors = load_file(file)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=f"{len(tensors)} tensors have no checksum, first"):
+        flexq_core.load(copy)
+
+
+def test_checksums_are_of_type_shape_and_bytes(saved):
+    """The recipe, written down again: whoever has the file can check it without this package."""
+    import hashlib
+
+    import numpy as np
+
+    for file in saved.glob("*.safetensors"):
+        with safe_open(file, "pt") as shard:
+            sha256 = json.loads(shard.metadata()["flexq"])["sha256"]
+            assert set(sha256) == set(shard.keys())
+            for name in sha256:
+                tensor = shard.get_tensor(name)
+                text = f"{tensor.dtype} {list(tensor.shape)} ".encode()
+                content = np.ascontiguousarray(tensor.numpy()).tobytes()
+                assert hashlib.sha256(text + content).hexdigest() == sha256[name]
+
+
+def test_the_backend_is_the_one_asked_for(saved):
+    model = flexq_core.load(saved, backend="simulate")
+    assert model.model.layers[0].mlp.up_proj.backend == "simulate"

@@ -1,0 +1,45 @@
+"""The command: any name of a model, one line of cause and next step where it cannot be done."""
+
+import pytest
+import torch
+
+import flexq_core
+from flexq_core.__main__ import main
+from tests.models import save_model, tiny_model
+
+
+def test_a_demo_model_by_name(tmp_path, capsys):
+    assert main(["quantize", "demo-opt", str(tmp_path / "out"), "--plan", "w6a8"]) == 0
+    out = capsys.readouterr().out
+    assert "10.5 MiB are now 4.3 MiB" in out and f"flexq_core.load('{tmp_path / 'out'}')" in out
+    model = flexq_core.load(tmp_path / "out")
+    assert model.config.quantization_config.plan.name == "w6a8"
+    assert "# demo-opt, 6-bit" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_local_folder_and_a_plan_file(tmp_path, capsys):
+    model = tiny_model("mistral")
+    plan = flexq_core.quantize_model(model, "w6a6").config.quantization_config.plan
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    source = save_model(model, tmp_path / "my-model")
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--plan", str(tmp_path / "plan.json")]) == 0
+    assert flexq_core.load(tmp_path / "out", dtype=torch.float32).config.quantization_config.plan == plan
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# my-model, 6-bit" in card and str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["demo-lama", "out"], "Did you mean 'demo-llama'"),
+        (["demo-llama", "out", "--plan", "flexk"], "did you mean 'flexq'"),
+        (["demo-llama", "."], "is not empty: give another folder"),
+    ],
+)
+def test_what_cannot_be_done_is_one_message_and_status_1(arguments, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").touch()
+    assert main(["quantize", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert text in captured.err and "Traceback" not in captured.err
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
