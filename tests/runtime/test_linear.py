@@ -92,10 +92,10 @@ def test_parts_of_parameters_that_processes_share_are_not_emptied(on_a_gpu):
     layer = FlexQLinear.from_linear(nn.Linear(256, 64))
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     parameters = dict(layer._parameters)
-    layer._parameters.update(
-        {name: parameter.detach() for name, parameter in parameters.items()}
-    )  # as transformers does
+    parts = {name: parameter.detach() for name, parameter in parameters.items()}
+    layer._parameters.update(parts)  # as transformers does for a call: what a distributed parameter holds of itself
     assert layer.prepare()[1] is layer.chunks is not None
+    assert parts["weight"].shape == (64, 192) and parts["weight_scale"].shape == (64, 2)
     layer._parameters.update(parameters)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
     layer.prepare()
