@@ -1,10 +1,13 @@
 """`FlexQLinear`: made from a linear layer, casts and moves without losing its scales, saved as a plain state dict."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from flexq_core.quant import LayerPrecision, dequantize, quantize_weight
+from flexq_core.runtime import cuda, ops
 from flexq_core.runtime.linear import FlexQLinear
 
 
@@ -76,3 +79,32 @@ def test_bad_weights_are_refused():
         linear.weight[3, 5] = float("inf")
     with pytest.raises(ValueError, match=r"inf at index \(3, 5\)"):
         FlexQLinear.from_linear(linear)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """`prepare` as on a GPU, with chunks that say nothing."""
+    monkeypatch.setattr(ops, "resolve_backend", lambda *_: "imma")
+    monkeypatch.setattr(cuda, "repack", lambda *_: torch.zeros(2, 2, 3136, dtype=torch.uint8))
+
+
+def test_parts_of_parameters_that_processes_share_are_not_emptied(on_a_gpu):
+    layer = FlexQLinear.from_linear(nn.Linear(256, 64))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    parameters = dict(layer._parameters)
+    parts = {name: parameter.detach() for name, parameter in parameters.items()}
+    layer._parameters.update(parts)  # as transformers does for a call: what a distributed parameter holds of itself
+    assert layer.prepare()[1] is layer.chunks is not None
+    assert parts["weight"].shape == (64, 192) and parts["weight_scale"].shape == (64, 2)
+    layer._parameters.update(parameters)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    layer.prepare()
+    layer.to(torch.float16)
+    assert layer.chunks is None and torch.equal(layer.weight, before["weight"])
+
+
+def test_weights_that_come_for_a_call_alone_are_not_kept(on_a_gpu):
+    layer = FlexQLinear.from_linear(nn.Linear(256, 64))
+    layer._hf_hook = SimpleNamespace(offload=True)  # accelerate's
+    assert layer.prepare()[1] is not None
+    assert layer.chunks is None and layer.weight.shape == (64, 192)
