@@ -108,8 +108,11 @@ def test_the_quickstart_runs_in_jupyterlab_and_its_figures_are_seen(folder, lab,
         return f"{prompts()} {texts('.jp-Dialog, .jp-OutputArea-output')}"
 
     def in_file() -> list[dict]:
-        """The code cells as they have been saved."""
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        """The code cells as they have been saved; none while they are being saved."""
+        try:
+            cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        except json.JSONDecodeError:
+            return []
         return [cell for cell in cells if cell["cell_type"] == "code"]
 
     def idle() -> bool:
