@@ -59,13 +59,13 @@ def quantize_model(
     that the new model costs only its packed weights; delete `model` to free the originals.
     Raises PlanError for a plan that does not fit, ValueError for a weight that is not finite (names the layer).
     """
-    plan = resolve_plan(plan, model)
-    return replace_linear_layers(
-        model,
-        lambda name, linear: FlexQLinear.from_linear(
-            linear, precision=plan.layers[name], group_size=plan.group_size, backend=backend
-        ),
-        progress=progress,
+    return replace_linear_layers(model, quantizer(resolve_plan(plan, model), backend=backend), progress=progress)
+
+
+def quantizer(plan: PrecisionPlan, *, backend: str = "auto") -> Callable[[str, nn.Linear], FlexQLinear]:
+    """What makes a plan's `FlexQLinear` of a linear layer and its full name."""
+    return lambda name, linear: FlexQLinear.from_linear(
+        linear, precision=plan.layers[name], group_size=plan.group_size, backend=backend
     )
 
 
@@ -82,11 +82,25 @@ def replace_linear_layers(
     for parameter in model.parameters():
         stand_ins[id(parameter)] = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
     for name, linear in tqdm(linear_layers(model).items(), desc="quantise", unit="layer", disable=not progress):
-        try:
-            stand_ins[id(linear)] = make(name, linear)
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from error
+        stand_ins[id(linear)] = _made(make, name, linear)
     return copy.deepcopy(model, stand_ins)
+
+
+def replace_in_block_in_place(name: str, block: nn.Module, make: Callable[[str, nn.Linear], nn.Module]) -> nn.Module:
+    """The block called `name` in its model, every linear layer of it replaced as `replace_linear_layers` does.
+
+    In place and one at a time, so that of the originals and their replacements only one layer is in memory twice.
+    """
+    for inner in [inner for inner, module in block.named_modules() if isinstance(module, nn.Linear)]:
+        block.set_submodule(inner, _made(make, f"{name}.{inner}", block.get_submodule(inner)))
+    return block
+
+
+def _made(make: Callable[[str, nn.Linear], nn.Module], name: str, linear: nn.Linear) -> nn.Module:
+    try:
+        return make(name, linear)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
 
 
 def linear_weight_bytes(model: nn.Module) -> int:
