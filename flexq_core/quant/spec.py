@@ -7,6 +7,8 @@ GROUP_SIZE = 128
 
 WEIGHT_BITS = (6, 8)
 ACTIVATION_BITS = (6, 8)
+SCALES = ("absmax", "mse", "output")
+"""Ways to choose the scale of a group of weights (quant/scales.py)."""
 
 
 def code_limits(bits: int) -> tuple[int, int]:

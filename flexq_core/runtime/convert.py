@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flexq_core.quant.layers import linear_layers
 from flexq_core.quant.plan import RULES, PlanError, PrecisionPlan
+from flexq_core.quant.quantize import require_scales
+from flexq_core.runtime.calibration import input_moments
 from flexq_core.runtime.linear import FlexQLinear
 
 
@@ -47,25 +49,51 @@ def read_plan(path: str | Path) -> PrecisionPlan:
 
 
 def quantize_model(
-    model: nn.Module, plan: PrecisionPlan | str | Path, *, backend: str = "auto", progress: bool = False
+    model: nn.Module,
+    plan: PrecisionPlan | str | Path,
+    *,
+    backend: str = "auto",
+    scales: str = "absmax",
+    calibration: Tensor | None = None,
+    progress: bool = False,
 ) -> nn.Module:
     """A new model whose linear layers are `FlexQLinear` as the plan says; `model` is left alone.
 
     model: a decoder-only transformers model whose blocks hold nn.Linear (LLaMA, OPT, Qwen, Mistral, ...).
     plan: `w6a6`, `w6a8`, `flexq`, a plan file, or a PrecisionPlan.  backend: see runtime/ops.py.
+    scales: how weights' scales are chosen, `absmax`, `mse` or `output` (quant/scales.py); codes and kernels are the same for all.
+    calibration: token ids [W, T] int64 of a text, which `output` wants and the others do not take.
     progress: show a bar, one step a layer.
 
     Layers are quantised one at a time. What is not quantised (embeddings, norms, head) shares its memory with `model`, so
     that the new model costs only its packed weights; delete `model` to free the originals.
-    Raises PlanError for a plan that does not fit, ValueError for a weight that is not finite (names the layer).
+    Raises PlanError for a plan that does not fit, ValueError for a weight that is not finite (names the layer), for other
+    scales, or for a calibration text that is missing or not wanted.
     """
-    return replace_linear_layers(model, quantizer(resolve_plan(plan, model), backend=backend), progress=progress)
+    plan = resolve_plan(plan, model)
+    require_scales(scales)
+    if (calibration is None) == (scales == "output"):
+        given = "no calibration text" if calibration is None else "a calibration text"
+        raise ValueError(f"scales is {scales!r} with {given}; accepted: a text for 'output' and for no other")
+    moments = None if calibration is None else input_moments(model, calibration)
+    make = quantizer(plan, backend=backend, scales=scales, moments=moments)
+    return replace_linear_layers(model, make, progress=progress)
 
 
-def quantizer(plan: PrecisionPlan, *, backend: str = "auto") -> Callable[[str, nn.Linear], FlexQLinear]:
-    """What makes a plan's `FlexQLinear` of a linear layer and its full name."""
+def quantizer(
+    plan: PrecisionPlan, *, backend: str = "auto", scales: str = "absmax", moments: Mapping[str, Tensor] | None = None
+) -> Callable[[str, nn.Linear], FlexQLinear]:
+    """What makes a plan's `FlexQLinear` of a linear layer and its full name.
+
+    scales: as `quantize_model`.  moments: layer → [K], from `input_moments`, for `output`.
+    """
     return lambda name, linear: FlexQLinear.from_linear(
-        linear, precision=plan.layers[name], group_size=plan.group_size, backend=backend
+        linear,
+        precision=plan.layers[name],
+        group_size=plan.group_size,
+        backend=backend,
+        scales=scales,
+        moments=None if moments is None else moments[name],
     )
 
 

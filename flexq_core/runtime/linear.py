@@ -61,10 +61,13 @@ class FlexQLinear(nn.Module):
         precision: LayerPrecision | None = None,
         group_size: int = GROUP_SIZE,
         backend: str = "auto",
+        scales: str = "absmax",
+        moments: Tensor | None = None,
     ) -> FlexQLinear:
         """Quantise `linear`'s weight; the bias is kept as it is. `linear` is left alone.
 
-        Raises ValueError for a non-finite weight, or one without data (on the meta device).
+        scales, moments: see `quantize_weight`.
+        Raises ValueError as `quantize_weight`, for a non-finite weight for example, or for one without data (on the meta device).
         """
         if linear.weight.is_meta:
             raise ValueError("the linear layer has no weights yet (it is on the meta device); load them first")
@@ -80,7 +83,7 @@ class FlexQLinear(nn.Module):
         )
         with torch.no_grad():
             bits = layer.precision.weight_bits
-            quantized = quantize_weight(linear.weight, bits=bits, group_size=group_size)
+            quantized = quantize_weight(linear.weight, bits=bits, group_size=group_size, scales=scales, moments=moments)
             layer.weight.copy_(pack_codes(quantized.codes, bits))
             layer.weight_scale.copy_(quantized.scales)
             layer.weight_exponent.copy_(quantized.exponents)
