@@ -27,13 +27,15 @@ from torch.nn import functional as F
 
 from flexq_core.quant.layers import linear_layers
 from flexq_core.quant.plan import RULES
+from flexq_core.quant.spec import SCALES
 from flexq_core.runtime import ops
+from flexq_core.runtime.calibration import input_moments
 from flexq_core.runtime.convert import (
     linear_weight_bytes,
-    quantize_model,
     quantizer,
     read_plan,
     replace_in_block_in_place,
+    replace_linear_layers,
     resolve_plan,
 )
 from flexq_core.runtime.streaming import hidden_state_bytes, logits_block_by_block
@@ -41,7 +43,7 @@ from flexq_core.sources import data
 from flexq_core.sources import tasks as zero_shot
 from flexq_core.sources.models import LoadedModel, load_model, locate_model
 from flexq_core.sources.outliers import inject_outliers, require_strength
-from flexq_core.studies import baselines
+from flexq_core.studies import accuracy_scales, baselines
 from flexq_core.studies.parameters import names, require_at_least
 from flexq_core.workbook import figures
 from flexq_core.workbook.records import Measurement, Skipped
@@ -154,7 +156,7 @@ class AccuracyStudy:
     """One model, one text, several methods: measures each once and keeps the records.
 
     run: the workbook run whose records and parameters are used.  model, dataset, windows, window_length, tasks,
-    task_limit, methods, backends, plan, outliers, layer_by_layer, seed: as the notebook's parameters say.
+    task_limit, methods, backends, scales, plan, outliers, layer_by_layer, seed: as the notebook's parameters say.
     Raises before anything is computed: ValueError (or its kin PlanError, TaskError, ModelError, DataError) naming the
     parameter's value, the nearest valid one and what is accepted.
     """
@@ -166,6 +168,7 @@ class AccuracyStudy:
         model: str,
         methods: str = ",".join(METHODS),
         backends: str = "simulate,auto",
+        scales: str = "absmax",
         plan: str = "",
         dataset: str = "auto",
         windows: int = 0,
@@ -184,6 +187,7 @@ class AccuracyStudy:
         self.backends = list(
             dict.fromkeys(ops.resolve_backend(b, run.device) for b in names(backends, ops.BACKENDS, "backend"))
         )
+        self.scales = names(scales, SCALES, "way to choose scales")
         self.tasks = names(tasks, None, "task")
         zero_shot.require_tasks(self.tasks)
         zero_shot.require_local_tasks(self.tasks, data_dir)
@@ -223,15 +227,36 @@ class AccuracyStudy:
         ids = data.token_ids(self.loaded.tokenizer, data.calibration_text(self.dataset, self.data_dir))
         return data.windows(ids, self.window_length, CALIBRATION_WINDOWS)
 
+    @property
+    def calibration_inputs(self) -> dict[str, Any]:
+        """What decides what is calibrated, as a record's parameters."""
+        return {
+            "calibration": self.dataset,
+            "calibration_windows": CALIBRATION_WINDOWS,
+            "window_length": self.window_length,
+        }
+
+    @cached_property
+    def moments(self) -> dict[str, Tensor]:
+        """Mean square of every input channel on the calibration text: layer → [K]."""
+        return input_moments(self.model, self.calibration)
+
     def cases(self) -> Iterator[tuple[str, str]]:
-        """(method, backend) in the order they are measured; only FlexQ's own methods have more than one backend."""
+        """(method, backend) in the order they are measured; only FlexQ's own methods have more than one backend.
+
+        Scales other than absmax make methods of their own, `flexq+mse`, on the last backend alone.
+        """
         for method in self.methods:
             if method == UNQUANTISED:
                 yield method, "torch"
             elif method in _BASELINES:
                 yield method, "simulate"
             else:
-                yield from ((method, backend) for backend in self.backends)
+                if SCALES[0] in self.scales:
+                    yield from ((method, backend) for backend in self.backends)
+                for scales in self.scales:
+                    if scales != SCALES[0]:
+                        yield accuracy_scales.with_scales(method, scales), self.backends[-1]
 
     def measure(self, method: str, backend: str) -> dict[str, float]:
         """Perplexity, zero-shot accuracy and weight size of one case: metric → value; computed unless on record.
@@ -256,13 +281,17 @@ class AccuracyStudy:
                 self._score_by_layer(method, backend, label) if self.layer_by_layer else self._score(quantised(), label)
             ),
         )
-        for task in self.tasks if backend != "simulate" or method in _BASELINES else []:
+        for task in self.tasks if self._answers_tasks(method, backend) else []:
             records |= once(
                 **shared,
                 parameters=self._inputs(method, backend) | {"task": task, "task_limit": self.task_limit},
                 compute=lambda task=task: self._score_task(quantised(), task),
             )
         return {m: record.reason if m == "skipped" else record.value for m, record in records.items()}
+
+    def _answers_tasks(self, method: str, backend: str) -> bool:
+        """Whether zero-shot tasks are asked: they take long, so where a method has several cases only of one."""
+        return method in _BASELINES or (backend != "simulate" and accuracy_scales.of_method(method)[1] == SCALES[0])
 
     def build(self, method: str, backend: str) -> nn.Module:
         """The model under this method and backend; the original for `fp16`. Raises Skipped where there is no whole model."""
@@ -273,8 +302,7 @@ class AccuracyStudy:
         if method in _BASELINES:
             needs_text = method.startswith("smoothquant")
             return _BASELINES[method](self.model, self.calibration if needs_text else None)
-        plan = self.custom_plan if method not in RULES else method
-        return quantize_model(self.model, plan, backend=backend)
+        return replace_linear_layers(self.model, self.replacement(method, backend))
 
     def replacement(self, method: str, backend: str) -> Callable[[str, nn.Linear], nn.Module]:
         """What this method makes of a linear layer and its name, where that is all it looks at; else raises Skipped."""
@@ -284,14 +312,21 @@ class AccuracyStudy:
             raise Skipped(f"{method} calibrates on the whole model in memory: run it without layer_by_layer")
         if method in _BASELINES:
             return lambda _, linear: baselines.RowwiseLinear(linear, 6, 6)
-        plan = self.custom_plan if method not in RULES else method
-        return quantizer(resolve_plan(plan, self.loaded.model), backend=backend)
+        method, scales = accuracy_scales.of_method(method)
+        if scales == "output" and self.layer_by_layer:
+            raise Skipped(
+                "scales by output error calibrate on the whole model in memory: run it without layer_by_layer"
+            )
+        plan = resolve_plan(self.custom_plan if method not in RULES else method, self.loaded.model)
+        return quantizer(plan, backend=backend, scales=scales, moments=self.moments if scales == "output" else None)
 
     def label(self, method: str) -> str:
         """The method's name in records: the dtype for the unquantised model, the plan's name for a plan file."""
         if method == UNQUANTISED:
             return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.loaded.model.dtype]
-        return f"plan:{self.custom_plan.name}" if method not in METHODS else method
+        method, scales = accuracy_scales.of_method(method)
+        name = f"plan:{self.custom_plan.name}" if method not in METHODS else method
+        return accuracy_scales.with_scales(name, scales)
 
     def table(self) -> pd.DataFrame:
         """Measure every case: one row each, with the change of perplexity against the unquantised model in percent.
@@ -316,9 +351,12 @@ class AccuracyStudy:
             **self.loaded.inputs,
             "outliers": self.outliers,
         }
-        if method not in METHODS:
+        name, scales = accuracy_scales.of_method(method)
+        if scales != SCALES[0]:
+            inputs["scales"] = scales
+        if name not in METHODS:
             inputs["plan_sha256"] = hashlib.sha256(self.custom_plan.to_json().encode()).hexdigest()
-        if method.startswith("smoothquant"):
+        if name in WHOLE_MODEL or scales == "output":
             inputs["calibration_windows"] = CALIBRATION_WINDOWS
         return inputs
 
@@ -400,12 +438,18 @@ class AccuracyStudy:
         return sum(layer.weight.numel() for layer in linear_layers(self.loaded.model).values())
 
 
+def _scored_by_absmax(table: pd.DataFrame) -> pd.DataFrame:
+    usual = table["method"].map(lambda method: accuracy_scales.of_method(method)[1] == SCALES[0])
+    return table[usual].dropna(subset=["perplexity"])
+
+
 def plot_change(table: pd.DataFrame, model: str) -> Figure:
     """What each method costs: change of perplexity against the unquantised model, one bar a method and backend.
 
-    Without both, an unquantised model and another, the perplexities themselves. What was skipped is left out.
+    Without both, an unquantised model and another, the perplexities themselves. What was skipped is left out, and what has
+    other scales than absmax, which `accuracy_scales` shows.
     """
-    table = table.dropna(subset=["perplexity"])
+    table = _scored_by_absmax(table)
     shown = table[table["backend"] != "torch"]
     column, title, fmt = "change_percent", f"change of perplexity, {model} (%)", "%+.2f%%"
     if column not in table or shown.empty:
@@ -423,6 +467,7 @@ def plot_change(table: pd.DataFrame, model: str) -> Figure:
 
 def plot_size(table: pd.DataFrame, model: str) -> Figure:
     """Perplexity against the bits that a weight takes in memory, scales included; empty where only fake quantisation ran."""
+    table = _scored_by_absmax(table)
     shown = (
         table.assign(bits_per_weight=table.get("bits_per_weight", math.nan))
         .dropna(subset=["bits_per_weight"])
@@ -451,7 +496,7 @@ AGREEMENT_PERCENT = 0.1
 def claims(table: pd.DataFrame, *, outliers: float) -> list[tuple[str, bool, str]]:
     """What this study claims, as (claim, whether the table bears it out, the numbers); only for methods measured."""
     found = []
-    table = table.dropna(subset=["perplexity"])
+    table = _scored_by_absmax(table)
     best = table.drop_duplicates("method", keep="last").set_index("method")
     if "change_percent" in best:
         change = best["change_percent"]

@@ -74,6 +74,7 @@ def a_study(folder, **parameters):
         ({"model": "tests"}, ModelError, "holds no config.json"),
         ({"methods": "w6a6,flex"}, ValueError, "did you mean 'flexq'"),
         ({"methods": ""}, ValueError, "no method is given; accepted: fp16"),
+        ({"scales": "mze"}, ValueError, "no way to choose scales is called 'mze'.*'mse'"),
         ({"backends": "simulat"}, ValueError, "did you mean 'simulate'"),
         ({"plan": "nowhere.json"}, ValueError, "cannot read the plan 'nowhere.json'"),
         ({"dataset": "wikitxt2"}, data.DataError, "Did you mean 'wikitext2'"),

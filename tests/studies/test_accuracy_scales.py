@@ -1,0 +1,132 @@
+"""Scales in 02_accuracy: each way is a method of its own, its gain is on record, and claims say what the numbers say."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+
+from flexq_core.quant import PrecisionPlan
+from flexq_core.quant.layers import linear_layers
+from flexq_core.studies import accuracy_scales
+from flexq_core.studies.accuracy import claims as accuracy_claims
+from flexq_core.studies.accuracy import plot_change
+from tests.runs import run_of
+from tests.studies import test_accuracy
+
+SCALES = "absmax,mse,output"
+
+
+def a_study(folder, **parameters):
+    """A small study that calibrates on the start of what it scores: gathering the text that it would read takes seconds."""
+    study = test_accuracy.a_study(folder, **parameters)
+    study.calibration = study.rows[:1]
+    return study
+
+
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [
+        ("flexq", ("flexq", "absmax")),
+        ("flexq+mse", ("flexq", "mse")),
+        ("plans/a+b.json", ("plans/a+b.json", "absmax")),
+        ("plans/a+b.json+output", ("plans/a+b.json", "output")),
+    ],
+)
+def test_a_methods_name_tells_its_scales(method, parts):
+    assert accuracy_scales.of_method(method) == parts
+    assert accuracy_scales.with_scales(*parts) == method
+
+
+def test_every_way_is_scored_once_and_found_again(tmp_path):
+    parameters = {"methods": "fp16,w6a8", "backends": "simulate,reference", "scales": SCALES, "tasks": "continuation"}
+    study = a_study(tmp_path, **parameters, task_limit=2)
+    assert list(study.cases()) == [
+        ("fp16", "torch"),
+        ("w6a8", "simulate"),
+        ("w6a8", "reference"),
+        ("w6a8+mse", "reference"),
+        ("w6a8+output", "reference"),
+    ]
+    table = study.table()
+    assert table["perplexity"].nunique() == 5
+    assert table["accuracy/continuation"].notna().tolist() == [True, False, True, False, False]
+    assert table["linear_weight_mib"].iloc[1:].nunique() == 1  # the format is the same
+    sqnrs = accuracy_scales.layer_sqnr(study, study.scales)
+    assert len(sqnrs) == 3 * len(linear_layers(study.loaded.model)) and sqnrs.notna().all(axis=None)
+    gains = accuracy_scales.gain_table(table, sqnrs)
+    assert list(gains.index) == SCALES.split(",") and list(gains) == ["w6a8", "weight_sqnr_db", "output_sqnr_db"]
+    assert gains["w6a8"].tolist() == table["change_percent"].iloc[2:].tolist()
+    assert gains["weight_sqnr_db"].idxmax() == "mse" and gains["output_sqnr_db"].idxmax() == "output"
+    assert len(accuracy_scales.plot_gain(gains).axes[0].patches) == 3
+    found = accuracy_scales.claims(table, sqnrs)
+    assert len(found) == 4 and all(holds for _, holds, _ in found[:2])
+    # What is compared by method leaves these out.
+    assert len(plot_change(table, "demo-opt").axes[0].patches) == 2
+    assert not any("+" in text for text, _, _ in accuracy_claims(table, outliers=0.0))
+    again = a_study(tmp_path, **parameters, task_limit=2)
+    again.build = lambda *_: pytest.fail("computed again")
+    pd.testing.assert_frame_equal(again.table(), table)
+    pd.testing.assert_frame_equal(accuracy_scales.layer_sqnr(again, again.scales), sqnrs)
+    assert "moments" not in vars(again)
+
+
+def test_a_plan_of_ones_own_takes_scales_too(tmp_path):
+    file = tmp_path / "plan.json"
+    study = a_study(tmp_path, methods="fp16")
+    file.write_text(PrecisionPlan("mine", PrecisionPlan.from_rule("w6a8", linear_layers(study.model)).layers).to_json())
+    parameters = {"methods": "fp16,w6a8", "plan": str(file), "scales": "mse", "windows": 1}
+    table = a_study(tmp_path, **parameters).table().set_index("method")
+    assert list(table.index) == ["fp32", "w6a8+mse", "plan:mine+mse"]
+    assert table["perplexity"]["w6a8+mse"] == table["perplexity"]["plan:mine+mse"]
+
+
+def test_layer_by_layer_the_squared_error_is_enough_and_the_outputs_is_skipped(tmp_path):
+    parameters = {"methods": "fp16,flexq", "scales": SCALES}
+    whole = a_study(tmp_path / "whole", **parameters).table().set_index("method")["perplexity"]
+    study = a_study(tmp_path / "layers", **parameters, layer_by_layer=True)
+    table = study.table().set_index("method")
+    assert (table["perplexity"].drop("flexq+output") == whole.drop("flexq+output")).all()
+    assert "calibrate on the whole model" in table["skipped"]["flexq+output"]
+    sqnrs = accuracy_scales.layer_sqnr(study, study.scales)
+    assert sqnrs.empty
+    records = run_of("02_accuracy", tmp_path / "layers").records.path.read_text()
+    assert "the output's error wants the whole model in memory" in records
+    gains = accuracy_scales.gain_table(table.reset_index(), sqnrs)
+    assert math.isnan(gains.loc["output", "flexq"]) and accuracy_scales.plot_gain(gains).axes
+    assert len(accuracy_scales.claims(table.reset_index(), sqnrs)) == 1
+
+
+def test_absmax_alone_has_nothing_to_compare(tmp_path):
+    table = a_study(tmp_path, methods="fp16,flexq").table()
+    sqnrs = pd.DataFrame(columns=["scales", "layer", "weight_sqnr_db", "output_sqnr_db"])
+    assert accuracy_scales.gain_table(table, sqnrs).empty and not accuracy_scales.claims(table, sqnrs)
+
+
+def test_a_claim_fails_where_the_numbers_say_so():
+    rows = [
+        {"scales": way, "layer": "a", "weight_sqnr_db": db, "output_sqnr_db": db}
+        for way, db in (("absmax", 30.0), ("mse", 29.0))
+    ]
+    blocks = {f"loss_nats/{i:02}": 3.0 for i in range(4)}
+    table = pd.DataFrame(
+        [
+            {"method": "w6a6", "backend": "cpu", "perplexity": math.exp(3.0), **blocks},
+            {
+                "method": "w6a6+mse",
+                "backend": "cpu",
+                "perplexity": math.exp(3.1),
+                **{b: v + 0.1 for b, v in blocks.items()},
+            },
+        ]
+    )
+    found = accuracy_scales.claims(table, pd.DataFrame(rows))
+    assert [holds for _, holds, _ in found] == [False, False]
+    assert found[0][2] == "-1.00 to -1.00 dB"
+
+
+def test_a_layer_of_zeros_has_no_ratio():
+    assert accuracy_scales.sqnr(torch.zeros(2, 8), torch.ones(8), "mse") == {
+        "weight_sqnr_db": math.inf,
+        "output_sqnr_db": math.inf,
+    }
