@@ -59,7 +59,7 @@ _BASELINES: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "smoothquant-w8a8": lambda model, text: baselines.smooth_quant(model, text, weight_bits=8, activation_bits=8),
     "smoothquant-w6a6": lambda model, text: baselines.smooth_quant(model, text, weight_bits=6, activation_bits=6),
 }
-WHOLE_MODEL = ("smoothquant-w8a8", "smoothquant-w6a6")
+WHOLE_MODEL = tuple(method for method in _BASELINES if method.startswith("smoothquant"))
 """Methods that calibrate on a text and therefore want the whole model in memory."""
 METHODS = (UNQUANTISED, *_BASELINES, *RULES)
 """`fp16` is the model as it is, in float32 on a CPU. `w6a6`, `w6a8` and `flexq` are plans with groups of 128."""
@@ -124,9 +124,13 @@ def perplexity_of(batches: Iterable[Tensor], logits: Iterable[Tensor]) -> Perple
     """
     windows = []
     for batch, predicted in zip(batches, logits, strict=True):
-        following = batch[:, 1:].flatten().to(predicted.device)
-        nll = F.cross_entropy(predicted[:, :-1].flatten(0, 1).float(), following, reduction="none")
-        windows.append(nll.view(len(batch), -1).sum(1, dtype=torch.float64).cpu())
+        following = batch[:, 1:].to(predicted.device)
+        # A window at a time: in float32 the logits of a batch may take more memory than a block of the model.
+        nll = [
+            F.cross_entropy(mine.float(), tokens, reduction="none")
+            for mine, tokens in zip(predicted[:, :-1], following, strict=True)
+        ]
+        windows.append(torch.stack(nll).sum(1, dtype=torch.float64).cpu())
     nats, scored = torch.cat(windows), batch.shape[1] - 1
     blocks = nats.tensor_split(min(BLOCKS, len(nats)))
     return Perplexity(nats.sum().item(), len(nats) * scored, tuple((b.mean() / scored).item() for b in blocks))
@@ -300,8 +304,7 @@ class AccuracyStudy:
         if method == UNQUANTISED:
             return self.model
         if method in _BASELINES:
-            needs_text = method.startswith("smoothquant")
-            return _BASELINES[method](self.model, self.calibration if needs_text else None)
+            return _BASELINES[method](self.model, self.calibration if method in WHOLE_MODEL else None)
         return replace_linear_layers(self.model, self.replacement(method, backend))
 
     def replacement(self, method: str, backend: str) -> Callable[[str, nn.Linear], nn.Module]:
