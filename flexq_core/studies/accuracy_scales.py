@@ -85,15 +85,16 @@ def layer_sqnr(study: AccuracyStudy, scales: Iterable[str]) -> pd.DataFrame:
 def gain_table(table: pd.DataFrame, sqnrs: pd.DataFrame) -> pd.DataFrame:
     """What each way to choose scales costs: a row a way, the change of perplexity (%) by plan, and the layers' mean SQNR (dB).
 
-    table: from `AccuracyStudy.table`.  sqnrs: from `layer_sqnr`.  Plans are compared on the backend that all ways ran on.
+    table: from `AccuracyStudy.table`; without an unquantised model in it, the perplexities themselves. The columns' name says
+    which.  sqnrs: from `layer_sqnr`.  Plans are compared on the backend that all ways ran on.
     """
     split = table["method"].map(of_method)
     mine = table.assign(plan=split.str[0], scales=split.str[1])
     mine = mine[mine["plan"].isin(mine.loc[mine["scales"] != SCALES[0], "plan"])].drop_duplicates("method", keep="last")
-    value = "change_percent" if "change_percent" in mine else "perplexity"
+    value, title = ("change_percent", "change of perplexity (%)") if "change_percent" in mine else ("perplexity",) * 2
     wide = mine.pivot(index="scales", columns="plan", values=value)
     wide = wide.reindex(index=[s for s in SCALES if s in wide.index], columns=mine["plan"].unique())
-    return wide.join(sqnrs.groupby("scales")[["weight_sqnr_db", "output_sqnr_db"]].mean())
+    return wide.join(sqnrs.groupby("scales")[["weight_sqnr_db", "output_sqnr_db"]].mean()).rename_axis(columns=title)
 
 
 def plot_gain(gains: pd.DataFrame) -> Figure:
@@ -105,7 +106,7 @@ def plot_gain(gains: pd.DataFrame) -> Figure:
         bars = axis.bar(places, row[plans], width=0.25, color=_COLOURS[scales], label=TITLES[scales])
         axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
     axis.set_xticks(range(len(plans)), plans)
-    axis.set(ylabel="change of perplexity (%)")
+    axis.set_ylabel(gains.columns.name)
     axis.margins(y=0.15)
     axis.grid(False, axis="x")
     if len(gains):

@@ -15,6 +15,7 @@ from tests.runs import run_of
 from tests.studies import test_accuracy
 
 SCALES = "absmax,mse,output"
+NO_SQNR = pd.DataFrame(columns=["scales", "layer", "weight_sqnr_db", "output_sqnr_db"])
 
 
 def a_study(folder, **parameters):
@@ -81,6 +82,19 @@ def test_a_plan_of_ones_own_takes_scales_too(tmp_path):
     assert table["perplexity"]["w6a8+mse"] == table["perplexity"]["plan:mine+mse"]
 
 
+@pytest.mark.parametrize(
+    ("column", "label"), [("change_percent", "change of perplexity (%)"), ("perplexity", "perplexity")]
+)
+def test_the_figure_says_what_it_shows(column, label):
+    rows = [("w6a6", 24.3, 1.2), ("w6a6+mse", 24.2, 0.9)]
+    table = pd.DataFrame(rows, columns=["method", "perplexity", "change_percent"]).assign(backend="cpu")
+    gains = accuracy_scales.gain_table(
+        table if column == "change_percent" else table.drop(columns="change_percent"), NO_SQNR
+    )
+    axis = accuracy_scales.plot_gain(gains).axes[0]
+    assert axis.get_ylabel() == label and [bar.get_height() for bar in axis.patches] == table[column].tolist()
+
+
 def test_layer_by_layer_the_squared_error_is_enough_and_the_outputs_is_skipped(tmp_path):
     parameters = {"methods": "fp16,flexq", "scales": SCALES}
     whole = a_study(tmp_path / "whole", **parameters).table().set_index("method")["perplexity"]
@@ -99,8 +113,7 @@ def test_layer_by_layer_the_squared_error_is_enough_and_the_outputs_is_skipped(t
 
 def test_absmax_alone_has_nothing_to_compare(tmp_path):
     table = a_study(tmp_path, methods="fp16,flexq").table()
-    sqnrs = pd.DataFrame(columns=["scales", "layer", "weight_sqnr_db", "output_sqnr_db"])
-    assert accuracy_scales.gain_table(table, sqnrs).empty and not accuracy_scales.claims(table, sqnrs)
+    assert accuracy_scales.gain_table(table, NO_SQNR).empty and not accuracy_scales.claims(table, NO_SQNR)
 
 
 def test_a_claim_fails_where_the_numbers_say_so():
