@@ -28,3 +28,8 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
         )
     (blocks,) = outermost
     return {f"{blocks}.{name}": block for name, block in model.get_submodule(blocks).named_children()}
+
+
+def linears_of_block(block: nn.Module) -> dict[str, nn.Linear]:
+    """Of one block, the layers that FlexQ quantises, by their names within it."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from flexq_core.quant.layers import linear_layers
+from flexq_core.quant.layers import linear_layers, linears_of_block
 from flexq_core.quant.plan import RULES, PlanError, PrecisionPlan
 from flexq_core.quant.quantize import require_scales
 from flexq_core.runtime.calibration import input_moments
@@ -119,7 +119,7 @@ def replace_in_block_in_place(name: str, block: nn.Module, make: Callable[[str, 
 
     In place and one at a time, so that of the originals and their replacements only one layer is in memory twice.
     """
-    for inner in [inner for inner, module in block.named_modules() if isinstance(module, nn.Linear)]:
+    for inner in list(linears_of_block(block)):
         block.set_submodule(inner, _made(make, f"{name}.{inner}", block.get_submodule(inner)))
     return block
 

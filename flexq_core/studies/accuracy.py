@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flexq_core.quant.layers import linear_layers
+from flexq_core.quant.layers import decoder_blocks, linear_layers, linears_of_block
 from flexq_core.quant.plan import RULES
 from flexq_core.quant.spec import SCALES
 from flexq_core.runtime import ops
@@ -60,7 +60,7 @@ _BASELINES: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "smoothquant-w6a6": lambda model, text: baselines.smooth_quant(model, text, weight_bits=6, activation_bits=6),
 }
 WHOLE_MODEL = tuple(method for method in _BASELINES if method.startswith("smoothquant"))
-"""Methods that calibrate on a text and therefore want the whole model in memory."""
+"""Methods that rescale norms by what a calibration text gives them and therefore want the whole model in memory."""
 METHODS = (UNQUANTISED, *_BASELINES, *RULES)
 """`fp16` is the model as it is, in float32 on a CPU. `w6a6`, `w6a8` and `flexq` are plans with groups of 128."""
 
@@ -243,7 +243,18 @@ class AccuracyStudy:
     @cached_property
     def moments(self) -> dict[str, Tensor]:
         """Mean square of every input channel on the calibration text: layer → [K]."""
-        return input_moments(self.model, self.calibration)
+        return input_moments(
+            self.model, self.calibration, load_block=self.loaded.load_block, progress=self._bar("calibration")
+        )
+
+    def linears(self) -> Iterator[tuple[str, nn.Linear]]:
+        """Every linear layer that is quantised, with its weights, by its full name; layer by layer a block at a time."""
+        if not self.layer_by_layer:
+            yield from linear_layers(self.model).items()
+            return
+        for name in decoder_blocks(self.model):
+            for inner, layer in linears_of_block(self.loaded.load_block(name)).items():
+                yield f"{name}.{inner}", layer
 
     def cases(self) -> Iterator[tuple[str, str]]:
         """(method, backend) in the order they are measured; only FlexQ's own methods have more than one backend.
@@ -312,14 +323,10 @@ class AccuracyStudy:
         if method == UNQUANTISED:
             return lambda _, linear: linear
         if method in WHOLE_MODEL:
-            raise Skipped(f"{method} calibrates on the whole model in memory: run it without layer_by_layer")
+            raise Skipped(f"{method} rescales the whole model in memory: run it without layer_by_layer")
         if method in _BASELINES:
             return lambda _, linear: baselines.RowwiseLinear(linear, 6, 6)
         method, scales = accuracy_scales.of_method(method)
-        if scales == "output" and self.layer_by_layer:
-            raise Skipped(
-                "scales by output error calibrate on the whole model in memory: run it without layer_by_layer"
-            )
         plan = resolve_plan(self.custom_plan if method not in RULES else method, self.loaded.model)
         return quantizer(plan, backend=backend, scales=scales, moments=self.moments if scales == "output" else None)
 

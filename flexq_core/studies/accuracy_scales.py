@@ -13,10 +13,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from flexq_core.quant import dequantize, quantize_weight
-from flexq_core.quant.layers import linear_layers
 from flexq_core.quant.spec import SCALES
 from flexq_core.workbook import figures
-from flexq_core.workbook.records import Measurement, Skipped
+from flexq_core.workbook.records import Measurement
 
 if TYPE_CHECKING:
     from flexq_core.studies.accuracy import AccuracyStudy
@@ -52,16 +51,13 @@ def sqnr(weight: Tensor, moments: Tensor, scales: str) -> dict[str, float]:
 
 
 def layer_sqnr(study: AccuracyStudy, scales: Iterable[str]) -> pd.DataFrame:
-    """Rows of {scales, layer, weight_sqnr_db, output_sqnr_db} of every linear layer, on record; empty where they were skipped."""
+    """Rows of {scales, layer, weight_sqnr_db, output_sqnr_db} of every linear layer, on record."""
     scales = list(scales)
 
     def measured() -> dict[str, Measurement]:
-        if study.layer_by_layer:
-            raise Skipped("the output's error wants the whole model in memory: run it without layer_by_layer")
-        layers = linear_layers(study.model)
         return {
             f"{metric}/{way}/{name}": Measurement(value, "dB")
-            for name, layer in study.run.progress(layers.items(), desc="scales", total=len(layers))
+            for name, layer in study.run.progress(study.linears(), desc="scales", total=len(study.moments))
             for way in scales
             for metric, value in sqnr(layer.weight.detach(), study.moments[name], way).items()
             if math.isfinite(value)  # a layer of zeros, or one that rounding leaves as it is
@@ -76,9 +72,8 @@ def layer_sqnr(study: AccuracyStudy, scales: Iterable[str]) -> pd.DataFrame:
     )
     rows: dict[tuple[str, str], dict] = {}
     for metric, record in records.items():
-        if record.value is not None:
-            name, way, layer = metric.split("/", 2)
-            rows.setdefault((way, layer), {"scales": way, "layer": layer})[name] = record.value
+        name, way, layer = metric.split("/", 2)
+        rows.setdefault((way, layer), {"scales": way, "layer": layer})[name] = record.value
     return pd.DataFrame(rows.values(), columns=["scales", "layer", "weight_sqnr_db", "output_sqnr_db"])
 
 

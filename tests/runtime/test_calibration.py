@@ -6,7 +6,7 @@ import torch
 from flexq_core.quant.layers import linear_layers
 from flexq_core.runtime.calibration import input_moments
 from flexq_core.runtime.convert import quantize_model
-from tests.models import CONFIGS, logits, tiny_model
+from tests.models import CONFIGS, logits, skeleton_of, tiny_model
 
 ROWS = torch.randint(3, 96, (3, 24), generator=torch.Generator().manual_seed(4))
 
@@ -25,6 +25,15 @@ def test_moments_are_the_mean_squares_of_every_input_channel(architecture):
         expected = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs]).square().mean(0)
         assert moments[name].dtype == torch.float32
         torch.testing.assert_close(moments[name].double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_block_by_block_the_moments_are_the_same_bit_for_bit(architecture):
+    model = tiny_model(architecture)
+    skeleton, blocks = skeleton_of(model)
+    moments, expected = input_moments(skeleton, ROWS, load_block=blocks.get), input_moments(model, ROWS)
+    assert moments.keys() == expected.keys()
+    assert all(torch.equal(moments[name], value) for name, value in expected.items())
 
 
 def test_watching_leaves_no_hook_behind_also_after_an_error():

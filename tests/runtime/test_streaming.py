@@ -10,16 +10,7 @@ from torch import nn
 from flexq_core.quant.layers import decoder_blocks
 from flexq_core.runtime.convert import quantize_model, quantizer, replace_in_block_in_place, resolve_plan
 from flexq_core.runtime.streaming import hidden_state_bytes, logits_block_by_block
-from tests.models import CONFIGS, tiny_model
-
-
-def skeleton_of(model):
-    """The model without the weights of its blocks, and the blocks by name."""
-    blocks = {name: copy.deepcopy(block) for name, block in decoder_blocks(model).items()}
-    skeleton = copy.deepcopy(model)
-    for block in decoder_blocks(skeleton).values():
-        block.to("meta")
-    return skeleton, blocks
+from tests.models import CONFIGS, skeleton_of, tiny_model
 
 
 def batches(sizes=(3, 3, 1), length=24):

@@ -156,7 +156,7 @@ def test_layer_by_layer_what_wants_the_whole_model_is_skipped_and_the_rest_is_re
     assert table["skipped"].str.contains("without layer_by_layer").all()
     assert not any(column.startswith("accuracy/") for column in table)
     records = run_of("02_accuracy", tmp_path).records.path.read_text()
-    assert "smoothquant-w8a8 calibrates on the whole model in memory: run it without layer_by_layer" in records
+    assert "smoothquant-w8a8 rescales the whole model in memory: run it without layer_by_layer" in records
     whole = a_study(tmp_path, **{**parameters, "methods": "fp16,flexq", "tasks": "", "layer_by_layer": False})
     whole.build = lambda *_: pytest.fail("computed again")
     assert whole.table()["seconds"].tolist() == table["seconds"].dropna().tolist()
