@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
@@ -50,15 +49,17 @@ def sqnr(weight: Tensor, moments: Tensor, scales: str) -> dict[str, float]:
     return {"weight_sqnr_db": db(torch.ones_like(moments)), "output_sqnr_db": db(moments.double())}
 
 
-def layer_sqnr(study: AccuracyStudy, scales: Iterable[str]) -> pd.DataFrame:
-    """Rows of {scales, layer, weight_sqnr_db, output_sqnr_db} of every linear layer, on record."""
-    scales = list(scales)
+def layer_sqnr(study: AccuracyStudy) -> pd.DataFrame:
+    """Rows of {scales, layer, weight_sqnr_db, output_sqnr_db} of every linear layer, on record; none where all is absmax."""
+    columns = ["scales", "layer", "weight_sqnr_db", "output_sqnr_db"]
+    if all(of_method(method)[1] == SCALES[0] for method, _ in study.cases()):
+        return pd.DataFrame(columns=columns)
 
     def measured() -> dict[str, Measurement]:
         return {
             f"{metric}/{way}/{name}": Measurement(value, "dB")
             for name, layer in study.run.progress(study.linears(), desc="scales", total=len(study.moments))
-            for way in scales
+            for way in study.scales
             for metric, value in sqnr(layer.weight.detach(), study.moments[name], way).items()
             if math.isfinite(value)  # a layer of zeros, or one that rounding leaves as it is
         }
@@ -66,7 +67,12 @@ def layer_sqnr(study: AccuracyStudy, scales: Iterable[str]) -> pd.DataFrame:
     records = study.run.records.once(
         model=study.loaded.name,
         method="weight scales",
-        parameters={**study.loaded.inputs, "outliers": study.outliers, "scales": scales, **study.calibration_inputs},
+        parameters={
+            **study.loaded.inputs,
+            "outliers": study.outliers,
+            "scales": study.scales,
+            **study.calibration_inputs,
+        },
         seed=study.seed,
         compute=measured,
     )
@@ -74,7 +80,7 @@ def layer_sqnr(study: AccuracyStudy, scales: Iterable[str]) -> pd.DataFrame:
     for metric, record in records.items():
         name, way, layer = metric.split("/", 2)
         rows.setdefault((way, layer), {"scales": way, "layer": layer})[name] = record.value
-    return pd.DataFrame(rows.values(), columns=["scales", "layer", "weight_sqnr_db", "output_sqnr_db"])
+    return pd.DataFrame(rows.values(), columns=columns)
 
 
 def gain_table(table: pd.DataFrame, sqnrs: pd.DataFrame) -> pd.DataFrame:

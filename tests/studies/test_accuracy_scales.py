@@ -52,7 +52,7 @@ def test_every_way_is_scored_once_and_found_again(tmp_path):
     assert table["perplexity"].nunique() == 5
     assert table["accuracy/continuation"].notna().tolist() == [True, False, True, False, False]
     assert table["linear_weight_mib"].iloc[1:].nunique() == 1  # the format is the same
-    sqnrs = accuracy_scales.layer_sqnr(study, study.scales)
+    sqnrs = accuracy_scales.layer_sqnr(study)
     assert len(sqnrs) == 3 * len(linear_layers(study.loaded.model)) and sqnrs.notna().all(axis=None)
     gains = accuracy_scales.gain_table(table, sqnrs)
     assert list(gains.index) == SCALES.split(",") and list(gains) == ["w6a8", "weight_sqnr_db", "output_sqnr_db"]
@@ -67,7 +67,7 @@ def test_every_way_is_scored_once_and_found_again(tmp_path):
     again = a_study(tmp_path, **parameters, task_limit=2)
     again.build = lambda *_: pytest.fail("computed again")
     pd.testing.assert_frame_equal(again.table(), table)
-    pd.testing.assert_frame_equal(accuracy_scales.layer_sqnr(again, again.scales), sqnrs)
+    pd.testing.assert_frame_equal(accuracy_scales.layer_sqnr(again), sqnrs)
     assert "moments" not in vars(again)
 
 
@@ -98,16 +98,19 @@ def test_layer_by_layer_all_is_the_same_bit_for_bit(tmp_path):
     parameters = {"methods": "fp16,flexq", "scales": "output"}
     whole = a_study(tmp_path / "whole", **parameters)
     study = a_study(tmp_path / "layers", **parameters, layer_by_layer=True)
-    for measured in (
-        lambda study: study.table().drop(columns="seconds"),
-        lambda study: accuracy_scales.layer_sqnr(study, ["mse"]),
-    ):
-        pd.testing.assert_frame_equal(measured(study), measured(whole), check_exact=True)
+    pd.testing.assert_frame_equal(
+        study.table().drop(columns="seconds"), whole.table().drop(columns="seconds"), check_exact=True
+    )
+    sqnrs = accuracy_scales.layer_sqnr(study)
+    assert len(sqnrs) == len(linear_layers(whole.model))
+    pd.testing.assert_frame_equal(sqnrs, accuracy_scales.layer_sqnr(whole), check_exact=True)
 
 
 def test_absmax_alone_has_nothing_to_compare(tmp_path):
-    table = a_study(tmp_path, methods="fp16,flexq").table()
-    assert accuracy_scales.gain_table(table, NO_SQNR).empty and not accuracy_scales.claims(table, NO_SQNR)
+    study = a_study(tmp_path, methods="fp16,flexq")
+    table, sqnrs = study.table(), accuracy_scales.layer_sqnr(study)
+    assert sqnrs.empty and "moments" not in vars(study)  # nothing is calibrated for it
+    assert accuracy_scales.gain_table(table, sqnrs).empty and not accuracy_scales.claims(table, sqnrs)
 
 
 def test_a_claim_fails_where_the_numbers_say_so():
