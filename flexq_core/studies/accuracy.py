@@ -311,7 +311,7 @@ class AccuracyStudy:
     def build(self, method: str, backend: str) -> nn.Module:
         """The model under this method and backend; the original for `fp16`. Raises Skipped where there is no whole model."""
         if self.layer_by_layer:
-            raise Skipped("wants the whole model in memory: run it without layer_by_layer")
+            raise Skipped("zero-shot tasks want the whole model in memory: run it without layer_by_layer")
         if method == UNQUANTISED:
             return self.model
         if method in _BASELINES:
