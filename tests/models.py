@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import transformers
 
+from flexq_core.quant.layers import decoder_blocks
 from flexq_core.sources.demo import demo_path
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96, "max_position_embeddings": 64}
@@ -46,3 +49,12 @@ def logits(model, seed: int = 1):
     ids = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         return model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
+
+
+def skeleton_of(model):
+    """The model without the weights of its blocks, and the blocks by name."""
+    blocks = {name: copy.deepcopy(block) for name, block in decoder_blocks(model).items()}
+    skeleton = copy.deepcopy(model)
+    for block in decoder_blocks(skeleton).values():
+        block.to("meta")
+    return skeleton, blocks

@@ -16,3 +16,20 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and any(name.startswith(f"{blocks}.") for blocks in lists)
     }
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of a decoder, in the order they run, by full name; ValueError unless it has exactly one list of them."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if len(outermost) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(outermost)} lists of blocks ({', '.join(outermost) or 'none'}); accepted: one"
+        )
+    (blocks,) = outermost
+    return {f"{blocks}.{name}": block for name, block in model.get_submodule(blocks).named_children()}
+
+
+def linears_of_block(block: nn.Module) -> dict[str, nn.Linear]:
+    """Of one block, the layers that FlexQ quantises, by their names within it."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}

@@ -1,6 +1,6 @@
 """Symmetric quantisation of groups along the last axis, and back (FlexQ §3.1; the numerics of this project).
 
-    s = max|group| / (2^(b-1) - 1)          computed in float32, then rounded to the type it is stored in
+    s = max|group| / (2^(b-1) - 1)          computed in float32, then rounded to the type it is stored in (or see quant/scales.py)
     q = clamp(round_half_even(x / s), -2^(b-1), 2^(b-1) - 1)          an all-zero group has s = 0, q = 0
 
 Codes are computed from the *stored* scale, so that a code and its scale belong together.
@@ -9,14 +9,21 @@ Codes are computed from the *stored* scale, so that a code and its scale belong 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 
-from flexq_core.quant.spec import GROUP_SIZE, code_limits, group_count, require_bits
+from flexq_core.quant.scales import (
+    FP16_LARGEST,
+    FP16_SMALLEST_NORMAL,
+    absmax_scales,
+    as_stored,
+    least_error_scales,
+    rounded,
+)
+from flexq_core.quant.spec import GROUP_SIZE, SCALES, group_count, require_bits
 
-FP16_SMALLEST_NORMAL = 2.0**-14
-FP16_LARGEST = 65504.0
 _EXPONENT_LIMITS = (-126, 127)  # 2^e must itself be a normal float32
 
 
@@ -49,15 +56,24 @@ def quantize_groups(x: Tensor, *, bits: int, group_size: int = GROUP_SIZE) -> Qu
     """
     require_bits(bits)
     groups = _groups(x, group_size)
-    scales = _finite(_absmax_scales(groups, bits), x)
-    codes = _round_to_codes(groups, scales, bits)
+    scales = _finite(absmax_scales(groups, bits), x)
+    codes = rounded(groups, scales, bits).to(torch.int8)
     return Quantized(codes.flatten(-2), scales, bits, group_size, x.shape[-1])
 
 
-def quantize_weight(weight: Tensor, *, bits: int = 6, group_size: int = GROUP_SIZE) -> Quantized:
+def quantize_weight(
+    weight: Tensor,
+    *,
+    bits: int = 6,
+    group_size: int = GROUP_SIZE,
+    scales: str = "absmax",
+    moments: Tensor | None = None,
+) -> Quantized:
     """Quantise a weight matrix once, with scales stored as float16 (FlexQ §3.1).
 
     weight: [N, K] float16, bfloat16 or float32.  bits: 2 to 8.
+    scales: how a group's scale is chosen, `absmax`, `mse` or `output` (quant/scales.py).
+    moments: [K], the mean square of every input channel of the layer, for `output` (`runtime.calibration.input_moments`).
     Returns codes [N, Kp] int8, scales [N, Kp // group_size] float16 and exponents [N] int8, so that
     weight ≈ codes * scales * 2**exponents[:, None].
 
@@ -66,20 +82,31 @@ def quantize_weight(weight: Tensor, *, bits: int = 6, group_size: int = GROUP_SI
     to [2**14, 2**15), and exponents[n] records it; every other row, nearly all in ordinary models, has
     exponent 0. Only a group 2**28 times smaller than the largest of its own row then still falls below: it
     takes the smallest normal scale, an error that float32 accumulation of that row cannot resolve anyway.
-    Raises as `quantize_groups`, and ValueError unless weight is two-dimensional.
+    Raises as `quantize_groups`, and ValueError unless weight is two-dimensional, for another way to choose scales, and for
+    moments that `output` lacks, that the others do not take, or that are not [K] finite numbers of 0 or more.
     """
     require_bits(bits, what="weight bits")
+    require_scales(scales)
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; accepted: [N, K]")
+    importance = _importance(scales, moments, weight, group_size)
     groups = _groups(weight, group_size)
-    exponents = _row_exponents(_finite(_absmax_scales(groups, bits), weight))
+    exponents = _row_exponents(_finite(absmax_scales(groups, bits), weight))
     # Two exact steps: 2**-e itself may overflow float32 for the smallest rows.
     half = exponents // 2
     groups = torch.ldexp(torch.ldexp(groups, -half[:, None, None]), (half - exponents)[:, None, None])
-    scales = _absmax_scales(groups, bits)
-    scales = torch.where(scales > 0, scales.clamp(min=FP16_SMALLEST_NORMAL), scales).to(torch.float16)
-    codes = _round_to_codes(groups, scales.float(), bits)
-    return Quantized(codes.flatten(-2), scales, bits, group_size, weight.shape[-1], exponents.to(torch.int8))
+    absmax = absmax_scales(groups, bits)
+    stored = as_stored(absmax) if scales == "absmax" else least_error_scales(groups, absmax, bits, importance)
+    codes = rounded(groups, stored.float(), bits).to(torch.int8)
+    return Quantized(codes.flatten(-2), stored, bits, group_size, weight.shape[-1], exponents.to(torch.int8))
+
+
+def require_scales(scales: str) -> None:
+    """Raise ValueError, naming the nearest, unless `scales` is a way to choose scales."""
+    if scales not in SCALES:
+        nearest = get_close_matches(str(scales), SCALES, n=1)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        raise ValueError(f"scales is {scales!r}{hint}; accepted: {', '.join(SCALES)}")
 
 
 def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -98,8 +125,8 @@ def fake_quantize(x: Tensor, *, bits: int, group_size: int = GROUP_SIZE) -> Tens
     """
     require_bits(bits)
     groups = _groups(x, group_size)
-    scales = _finite(_absmax_scales(groups, bits), x)
-    values = _round(groups, scales, bits).mul_(scales[..., None]).flatten(-2)
+    scales = _finite(absmax_scales(groups, bits), x)
+    values = rounded(groups, scales, bits).mul_(scales[..., None]).flatten(-2)
     return values[..., : x.shape[-1]].to(x.dtype)
 
 
@@ -117,29 +144,29 @@ def _groups(x: Tensor, group_size: int) -> Tensor:
     return padded.unflatten(-1, (groups, group_size))
 
 
+def _importance(scales: str, moments: Tensor | None, weight: Tensor, group_size: int) -> Tensor | None:
+    """[G, group_size] float32: how much a channel's squared error counts, 1 for the most important channel of its group."""
+    if (moments is None) == (scales == "output"):
+        given = "no moments" if moments is None else "moments"
+        raise ValueError(f"scales is {scales!r} with {given}; accepted: moments for 'output' and for no other")
+    if moments is None:
+        return None
+    moments = moments.to(weight.device, torch.float32)
+    if moments.shape != weight.shape[1:] or not bool((torch.isfinite(moments) & (moments >= 0)).all()):
+        raise ValueError(
+            f"moments have shape {tuple(moments.shape)}; accepted: [{weight.shape[1]}], one finite number of 0 or more for "
+            "every input channel"
+        )
+    groups = _groups(moments, group_size)
+    return groups / groups.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def _finite(scales: Tensor, x: Tensor) -> Tensor:
     """The scales of x's groups, where x is finite: a NaN or an infinity is its group's largest magnitude. Raises if not."""
     if not torch.compiler.is_compiling() and not bool(torch.isfinite(scales).all()):
         index = tuple((~torch.isfinite(x)).nonzero()[0].tolist())
         raise ValueError(f"cannot quantise non-finite values: the first is {x[index].item()} at index {index}")
     return scales
-
-
-def _absmax_scales(groups: Tensor, bits: int) -> Tensor:
-    absmax = groups.abs().amax(-1)
-    # A divisor on the device: torch turns division by a Python number into a multiplication on CUDA, one bit off.
-    return absmax / absmax.new_full((), code_limits(bits)[1])
-
-
-def _round_to_codes(groups: Tensor, scales: Tensor, bits: int) -> Tensor:
-    return _round(groups, scales, bits).to(torch.int8)
-
-
-def _round(groups: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """The codes as floating-point numbers."""
-    # A zero scale means an all-zero group: dividing by one instead gives its codes, zero, and never 0/0.
-    divisor = torch.where(scales > 0, scales, 1.0)[..., None]
-    return (groups / divisor).round_().clamp_(*code_limits(bits))
 
 
 def _row_exponents(scales: Tensor) -> Tensor:

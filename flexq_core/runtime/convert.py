@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from flexq_core.quant.layers import linear_layers
+from flexq_core.quant.layers import linear_layers, linears_of_block
 from flexq_core.quant.plan import RULES, PlanError, PrecisionPlan
+from flexq_core.quant.quantize import require_scales
+from flexq_core.runtime.calibration import input_moments
 from flexq_core.runtime.linear import FlexQLinear
 
 
@@ -47,32 +49,58 @@ def read_plan(path: str | Path) -> PrecisionPlan:
 
 
 def quantize_model(
-    model: nn.Module, plan: PrecisionPlan | str | Path, *, backend: str = "auto", progress: bool = False
+    model: nn.Module,
+    plan: PrecisionPlan | str | Path,
+    *,
+    backend: str = "auto",
+    scales: str = "absmax",
+    calibration: Tensor | None = None,
+    progress: bool = False,
 ) -> nn.Module:
     """A new model whose linear layers are `FlexQLinear` as the plan says; `model` is left alone.
 
     model: a decoder-only transformers model whose blocks hold nn.Linear (LLaMA, OPT, Qwen, Mistral, ...).
     plan: `w6a6`, `w6a8`, `flexq`, a plan file, or a PrecisionPlan.  backend: see runtime/ops.py.
+    scales: how weights' scales are chosen, `absmax`, `mse` or `output` (quant/scales.py); codes and kernels are the same for all.
+    calibration: token ids [W, T] int64 of a text, which `output` wants and the others do not take.
     progress: show a bar, one step a layer.
 
     Layers are quantised one at a time. What is not quantised (embeddings, norms, head) shares its memory with `model`, so
     that the new model costs only its packed weights; delete `model` to free the originals. `save_pretrained` of the new model
     writes a 6-bit checkpoint (runtime/checkpoint_format.py).
-    Raises PlanError for a plan that does not fit, ValueError for a weight that is not finite (names the layer).
+    Raises PlanError for a plan that does not fit, ValueError for a weight that is not finite (names the layer), for other
+    scales, or for a calibration text that is missing or not wanted.
     """
     plan = resolve_plan(plan, model)
-    quantised = replace_linear_layers(
-        model,
-        lambda name, linear: FlexQLinear.from_linear(
-            linear, precision=plan.layers[name], group_size=plan.group_size, backend=backend
-        ),
-        progress=progress,
-    )
+    require_scales(scales)
+    if (calibration is None) == (scales == "output"):
+        given = "no calibration text" if calibration is None else "a calibration text"
+        raise ValueError(f"scales is {scales!r} with {given}; accepted: a text for 'output' and for no other")
+    moments = None if calibration is None else input_moments(model, calibration)
+    make = quantizer(plan, backend=backend, scales=scales, moments=moments)
+    quantised = replace_linear_layers(model, make, progress=progress)
     if hasattr(quantised, "save_pretrained"):
         from flexq_core.runtime.hf_quantizer import make_savable  # imports transformers, as this model's class has done
 
         make_savable(quantised, plan)
     return quantised
+
+
+def quantizer(
+    plan: PrecisionPlan, *, backend: str = "auto", scales: str = "absmax", moments: Mapping[str, Tensor] | None = None
+) -> Callable[[str, nn.Linear], FlexQLinear]:
+    """What makes a plan's `FlexQLinear` of a linear layer and its full name.
+
+    scales: as `quantize_model`.  moments: layer → [K], from `input_moments`, for `output`.
+    """
+    return lambda name, linear: FlexQLinear.from_linear(
+        linear,
+        precision=plan.layers[name],
+        group_size=plan.group_size,
+        backend=backend,
+        scales=scales,
+        moments=None if moments is None else moments[name],
+    )
 
 
 def empty_layers_in_place(model: nn.Module, plan: PrecisionPlan) -> None:
@@ -104,11 +132,25 @@ def replace_linear_layers(
     for parameter in model.parameters():
         stand_ins[id(parameter)] = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
     for name, linear in tqdm(linear_layers(model).items(), desc="quantise", unit="layer", disable=not progress):
-        try:
-            stand_ins[id(linear)] = make(name, linear)
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from error
+        stand_ins[id(linear)] = _made(make, name, linear)
     return copy.deepcopy(model, stand_ins)
+
+
+def replace_in_block_in_place(name: str, block: nn.Module, make: Callable[[str, nn.Linear], nn.Module]) -> nn.Module:
+    """The block called `name` in its model, every linear layer of it replaced as `replace_linear_layers` does.
+
+    In place and one at a time, so that of the originals and their replacements only one layer is in memory twice.
+    """
+    for inner in list(linears_of_block(block)):
+        block.set_submodule(inner, _made(make, f"{name}.{inner}", block.get_submodule(inner)))
+    return block
+
+
+def _made(make: Callable[[str, nn.Linear], nn.Module], name: str, linear: nn.Linear) -> nn.Module:
+    try:
+        return make(name, linear)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
 
 
 def linear_weight_bytes(model: nn.Module) -> int:

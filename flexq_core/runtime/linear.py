@@ -81,10 +81,13 @@ class FlexQLinear(nn.Module):
         precision: LayerPrecision | None = None,
         group_size: int = GROUP_SIZE,
         backend: str = "auto",
+        scales: str = "absmax",
+        moments: Tensor | None = None,
     ) -> FlexQLinear:
         """Quantise `linear`'s weight; the bias is kept as it is. `linear` is left alone.
 
-        Raises ValueError for a non-finite weight, or one without data (on the meta device).
+        scales, moments: see `quantize_weight`.
+        Raises ValueError as `quantize_weight`, for a non-finite weight for example, or for one without data (on the meta device).
         """
         if linear.weight.is_meta:
             raise ValueError("the linear layer has no weights yet (it is on the meta device); load them first")
@@ -99,7 +102,8 @@ class FlexQLinear(nn.Module):
             device=linear.weight.device,
         )
         with torch.no_grad():
-            quantized = quantize_weight(linear.weight, bits=layer.precision.weight_bits, group_size=group_size)
+            bits = layer.precision.weight_bits
+            quantized = quantize_weight(linear.weight, bits=bits, group_size=group_size, scales=scales, moments=moments)
             for name, tensor in packed_parameters(quantized).items():
                 getattr(layer, name).copy_(tensor)
             if linear.bias is not None:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from flexq_core.sources.architectures import ARCHITECTURES
 from flexq_core.sources.demo import DEMO_MODELS, demo_path
+from flexq_core.sources.on_disk import ModelOnDisk
 
 HUB_MODELS = {name: architecture.hub_id for name, architecture in ARCHITECTURES.items()}
 """Short names of the paper's models → hub ids."""
@@ -29,6 +31,7 @@ class LoadedModel:
 
     name: as it was asked for.  fingerprint: sha256 of the demo model's or folder's weights, or the hub commit.
     context_length: tokens the model was trained on at once.
+    load_block: for a model whose blocks are on disk: a block's name → the block with its weights, ready to run; else None.
     """
 
     name: str
@@ -36,6 +39,7 @@ class LoadedModel:
     tokenizer: Any
     fingerprint: str
     context_length: int
+    load_block: Callable[[str], nn.Module] | None = None
 
     @property
     def is_demo(self) -> bool:
@@ -106,11 +110,14 @@ def model_folder(name: str) -> Path:
     return folder
 
 
-def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
+def load_model(
+    name: str, *, device: str = "cpu", dtype: torch.dtype | None = None, blocks_on_disk: bool = False
+) -> LoadedModel:
     """Load a model and its tokenizer for inference.
 
     name: a known name, a hub id or a local folder.  device: where it goes.  dtype: float32 on a CPU and float16 on
-    a GPU unless given.
+    a GPU unless given.  blocks_on_disk: leave the weights of its blocks on disk, for `load_block` to fetch; on the model
+    itself they are then on the meta device.
     Raises ModelError, with the next step, for an unknown name, no network, a gated or absent repository, or files
     that are not a causal language model. Only safetensors weights are read: pickled ones could run code.
     """
@@ -121,16 +128,21 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype | None = No
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-        model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
+        if blocks_on_disk:
+            on_disk = ModelOnDisk.open(place, device=device, dtype=dtype)
+            model = on_disk.model
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
     except Exception as error:  # transformers raises OSError, ValueError and others for the same causes
         raise ModelError(_explain(name, place, error)) from error
     config = model.config
     return LoadedModel(
         name=name,
-        model=model.to(device).eval(),
+        model=model if blocks_on_disk else model.to(device).eval(),
         tokenizer=tokenizer,
         fingerprint=_fingerprint(place, config),
         context_length=DEMO_MODELS[name].context_length if name in DEMO_MODELS else config.max_position_embeddings,
+        load_block=on_disk.block if blocks_on_disk else None,
     )
 
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import os
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -21,18 +25,28 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flexq_core.quant.layers import linear_layers
+from flexq_core.quant.layers import decoder_blocks, linear_layers, linears_of_block
 from flexq_core.quant.plan import RULES
+from flexq_core.quant.spec import SCALES
 from flexq_core.runtime import ops
-from flexq_core.runtime.convert import linear_weight_bytes, quantize_model, read_plan, resolve_plan
+from flexq_core.runtime.calibration import input_moments
+from flexq_core.runtime.convert import (
+    linear_weight_bytes,
+    quantizer,
+    read_plan,
+    replace_in_block_in_place,
+    replace_linear_layers,
+    resolve_plan,
+)
+from flexq_core.runtime.streaming import hidden_state_bytes, logits_block_by_block
 from flexq_core.sources import data
 from flexq_core.sources import tasks as zero_shot
 from flexq_core.sources.models import LoadedModel, load_model, locate_model
 from flexq_core.sources.outliers import inject_outliers, require_strength
-from flexq_core.studies import baselines
+from flexq_core.studies import accuracy_scales, baselines
 from flexq_core.studies.parameters import names, require_at_least
 from flexq_core.workbook import figures
-from flexq_core.workbook.records import Measurement
+from flexq_core.workbook.records import Measurement, Skipped
 
 if TYPE_CHECKING:
     from flexq_core.workbook.run import Run
@@ -45,6 +59,8 @@ _BASELINES: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
     "smoothquant-w8a8": lambda model, text: baselines.smooth_quant(model, text, weight_bits=8, activation_bits=8),
     "smoothquant-w6a6": lambda model, text: baselines.smooth_quant(model, text, weight_bits=6, activation_bits=6),
 }
+WHOLE_MODEL = tuple(method for method in _BASELINES if method.startswith("smoothquant"))
+"""Methods that rescale norms by what a calibration text gives them and therefore want the whole model in memory."""
 METHODS = (UNQUANTISED, *_BASELINES, *RULES)
 """`fp16` is the model as it is, in float32 on a CPU. `w6a6`, `w6a8` and `flexq` are plans with groups of 128."""
 
@@ -95,13 +111,27 @@ def perplexity(model: nn.Module, rows: Tensor, *, batch_size: int = 8, progress:
     model: a causal language model.  rows: [W, T] int64, T ≥ 2.  progress: wraps the iteration over batches.
     """
     device = next(model.parameters()).device
+    batches = rows.split(batch_size)
+    logits = (model(input_ids=batch.to(device), use_cache=False).logits for batch in progress(batches))
+    return perplexity_of(batches, logits)
+
+
+@torch.no_grad()
+def perplexity_of(batches: Iterable[Tensor], logits: Iterable[Tensor]) -> Perplexity:
+    """Score windows as `perplexity` does, given their logits.
+
+    batches: windows of one length, [B, T] int64 each.  logits: for each batch [B, T, vocabulary]; taken one at a time.
+    """
     windows = []
-    for batch in progress(rows.split(batch_size)):
-        batch = batch.to(device)
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
-        windows.append(nll.view(len(batch), -1).sum(1, dtype=torch.float64).cpu())
-    nats, scored = torch.cat(windows), rows.shape[1] - 1
+    for batch, predicted in zip(batches, logits, strict=True):
+        following = batch[:, 1:].to(predicted.device)
+        # A window at a time: in float32 the logits of a batch may take more memory than a block of the model.
+        nll = [
+            F.cross_entropy(mine.float(), tokens, reduction="none")
+            for mine, tokens in zip(predicted[:, :-1], following, strict=True)
+        ]
+        windows.append(torch.stack(nll).sum(1, dtype=torch.float64).cpu())
+    nats, scored = torch.cat(windows), batch.shape[1] - 1
     blocks = nats.tensor_split(min(BLOCKS, len(nats)))
     return Perplexity(nats.sum().item(), len(nats) * scored, tuple((b.mean() / scored).item() for b in blocks))
 
@@ -130,7 +160,7 @@ class AccuracyStudy:
     """One model, one text, several methods: measures each once and keeps the records.
 
     run: the workbook run whose records and parameters are used.  model, dataset, windows, window_length, tasks,
-    task_limit, methods, backends, plan, outliers, seed: as the notebook's parameters say.
+    task_limit, methods, backends, scales, plan, outliers, layer_by_layer, seed: as the notebook's parameters say.
     Raises before anything is computed: ValueError (or its kin PlanError, TaskError, ModelError, DataError) naming the
     parameter's value, the nearest valid one and what is accepted.
     """
@@ -142,6 +172,7 @@ class AccuracyStudy:
         model: str,
         methods: str = ",".join(METHODS),
         backends: str = "simulate,auto",
+        scales: str = "absmax",
         plan: str = "",
         dataset: str = "auto",
         windows: int = 0,
@@ -149,6 +180,7 @@ class AccuracyStudy:
         tasks: str = zero_shot.CONTINUATION,
         task_limit: int = 0,
         outliers: float = 0.0,
+        layer_by_layer: bool = False,
         batch_size: int = 8,
         data_dir: str = "",
         seed: int = 0,
@@ -159,14 +191,24 @@ class AccuracyStudy:
         self.backends = list(
             dict.fromkeys(ops.resolve_backend(b, run.device) for b in names(backends, ops.BACKENDS, "backend"))
         )
+        self.scales = names(scales, SCALES, "way to choose scales")
         self.tasks = names(tasks, None, "task")
         zero_shot.require_tasks(self.tasks)
         zero_shot.require_local_tasks(self.tasks, data_dir)
         require_at_least(0, windows=windows, window_length=window_length, task_limit=task_limit, seed=seed)
         require_at_least(1, batch_size=batch_size)
         require_strength(outliers)
+        if layer_by_layer and outliers:
+            raise ValueError(
+                f"outliers is {outliers} with layer_by_layer; accepted: 0, as outliers want the whole model"
+            )
+        if layer_by_layer and not set(self.methods) - set(WHOLE_MODEL):
+            raise ValueError(
+                f"methods is {methods!r} with layer_by_layer; accepted: one that is none of {', '.join(WHOLE_MODEL)}"
+            )
         self.custom_plan = read_plan(plan) if plan else None
-        self.loaded: LoadedModel = load_model(model, device=run.device)
+        self.layer_by_layer = layer_by_layer
+        self.loaded: LoadedModel = load_model(model, device=run.device, blocks_on_disk=layer_by_layer)
         self.outliers, self.seed, self.batch_size, self.task_limit = outliers, seed, batch_size, task_limit
         self.data_dir = data_dir
         self.window_length = window_length or min(2048, self.loaded.context_length)
@@ -189,18 +231,53 @@ class AccuracyStudy:
         ids = data.token_ids(self.loaded.tokenizer, data.calibration_text(self.dataset, self.data_dir))
         return data.windows(ids, self.window_length, CALIBRATION_WINDOWS)
 
+    @property
+    def calibration_inputs(self) -> dict[str, Any]:
+        """What decides what is calibrated, as a record's parameters."""
+        return {
+            "calibration": self.dataset,
+            "calibration_windows": CALIBRATION_WINDOWS,
+            "window_length": self.window_length,
+        }
+
+    @cached_property
+    def moments(self) -> dict[str, Tensor]:
+        """Mean square of every input channel on the calibration text: layer → [K]."""
+        return input_moments(
+            self.model, self.calibration, load_block=self.loaded.load_block, progress=self._bar("calibration")
+        )
+
+    def linears(self) -> Iterator[tuple[str, nn.Linear]]:
+        """Every linear layer that is quantised, with its weights, by its full name; layer by layer a block at a time."""
+        if not self.layer_by_layer:
+            yield from linear_layers(self.model).items()
+            return
+        for name in decoder_blocks(self.model):
+            for inner, layer in linears_of_block(self.loaded.load_block(name)).items():
+                yield f"{name}.{inner}", layer
+
     def cases(self) -> Iterator[tuple[str, str]]:
-        """(method, backend) in the order they are measured; only FlexQ's own methods have more than one backend."""
+        """(method, backend) in the order they are measured; only FlexQ's own methods have more than one backend.
+
+        Scales other than absmax make methods of their own, `flexq+mse`, on the last backend alone.
+        """
         for method in self.methods:
             if method == UNQUANTISED:
                 yield method, "torch"
             elif method in _BASELINES:
                 yield method, "simulate"
             else:
-                yield from ((method, backend) for backend in self.backends)
+                if SCALES[0] in self.scales:
+                    yield from ((method, backend) for backend in self.backends)
+                for scales in self.scales:
+                    if scales != SCALES[0]:
+                        yield accuracy_scales.with_scales(method, scales), self.backends[-1]
 
     def measure(self, method: str, backend: str) -> dict[str, float]:
-        """Perplexity, zero-shot accuracy and weight size of one case: metric → value; computed unless on record."""
+        """Perplexity, zero-shot accuracy and weight size of one case: metric → value; computed unless on record.
+
+        What cannot be had layer by layer is left out, and `skipped` says why.
+        """
         built: dict[str, nn.Module] = {}  # made once, and only when a record is missing
 
         def quantised() -> nn.Module:
@@ -214,34 +291,58 @@ class AccuracyStudy:
         records = once(
             **shared,
             parameters=self._inputs(method, backend) | self._text_inputs(),
-            compute=lambda: self._score(quantised(), label),
+            # Equal bit for bit, so that a record of the one is a record of the other.
+            compute=lambda: (
+                self._score_by_layer(method, backend, label) if self.layer_by_layer else self._score(quantised(), label)
+            ),
         )
-        for task in self.tasks if backend != "simulate" or method in _BASELINES else []:
+        for task in self.tasks if self._answers_tasks(method, backend) else []:
             records |= once(
                 **shared,
                 parameters=self._inputs(method, backend) | {"task": task, "task_limit": self.task_limit},
                 compute=lambda task=task: self._score_task(quantised(), task),
             )
-        return {metric: record.value for metric, record in records.items()}
+        return {m: record.reason if m == "skipped" else record.value for m, record in records.items()}
+
+    def _answers_tasks(self, method: str, backend: str) -> bool:
+        """Whether zero-shot tasks are asked: they take long, so where a method has several cases only of one."""
+        return method in _BASELINES or (backend != "simulate" and accuracy_scales.of_method(method)[1] == SCALES[0])
 
     def build(self, method: str, backend: str) -> nn.Module:
-        """The model under this method and backend; the original for `fp16`."""
+        """The model under this method and backend; the original for `fp16`. Raises Skipped where there is no whole model."""
+        if self.layer_by_layer:
+            raise Skipped("zero-shot tasks want the whole model in memory: run it without layer_by_layer")
         if method == UNQUANTISED:
             return self.model
         if method in _BASELINES:
-            needs_text = method.startswith("smoothquant")
-            return _BASELINES[method](self.model, self.calibration if needs_text else None)
-        plan = self.custom_plan if method not in RULES else method
-        return quantize_model(self.model, plan, backend=backend)
+            return _BASELINES[method](self.model, self.calibration if method in WHOLE_MODEL else None)
+        return replace_linear_layers(self.model, self.replacement(method, backend))
+
+    def replacement(self, method: str, backend: str) -> Callable[[str, nn.Linear], nn.Module]:
+        """What this method makes of a linear layer and its name, where that is all it looks at; else raises Skipped."""
+        if method == UNQUANTISED:
+            return lambda _, linear: linear
+        if method in WHOLE_MODEL:
+            raise Skipped(f"{method} rescales the whole model in memory: run it without layer_by_layer")
+        if method in _BASELINES:
+            return lambda _, linear: baselines.RowwiseLinear(linear, 6, 6)
+        method, scales = accuracy_scales.of_method(method)
+        plan = resolve_plan(self.custom_plan if method not in RULES else method, self.loaded.model)
+        return quantizer(plan, backend=backend, scales=scales, moments=self.moments if scales == "output" else None)
 
     def label(self, method: str) -> str:
         """The method's name in records: the dtype for the unquantised model, the plan's name for a plan file."""
         if method == UNQUANTISED:
             return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.loaded.model.dtype]
-        return f"plan:{self.custom_plan.name}" if method not in METHODS else method
+        method, scales = accuracy_scales.of_method(method)
+        name = f"plan:{self.custom_plan.name}" if method not in METHODS else method
+        return accuracy_scales.with_scales(name, scales)
 
     def table(self) -> pd.DataFrame:
-        """Measure every case: one row each, with the change of perplexity against the unquantised model in percent."""
+        """Measure every case: one row each, with the change of perplexity against the unquantised model in percent.
+
+        A case that could not be scored has no perplexity, and in the column `skipped` the reason.
+        """
         cases = list(self.cases())
         rows = [
             {"method": self.label(method), "backend": backend, **self.measure(method, backend)}
@@ -260,9 +361,12 @@ class AccuracyStudy:
             **self.loaded.inputs,
             "outliers": self.outliers,
         }
-        if method not in METHODS:
+        name, scales = accuracy_scales.of_method(method)
+        if scales != SCALES[0]:
+            inputs["scales"] = scales
+        if name not in METHODS:
             inputs["plan_sha256"] = hashlib.sha256(self.custom_plan.to_json().encode()).hexdigest()
-        if method.startswith("smoothquant"):
+        if name in WHOLE_MODEL or scales == "output":
             inputs["calibration_windows"] = CALIBRATION_WINDOWS
         return inputs
 
@@ -276,13 +380,48 @@ class AccuracyStudy:
 
     def _score(self, model: nn.Module, label: str) -> dict[str, Measurement]:
         start = time.perf_counter()
-        score = perplexity(
-            model,
-            self.rows,
-            batch_size=self.batch_size,
-            progress=lambda batches: self.run.progress(batches, desc=label, total=len(batches)),
-        )
+        score = perplexity(model, self.rows, batch_size=self.batch_size, progress=self._bar(label))
         seconds = time.perf_counter() - start
+        holds_codes = not any(isinstance(module, baselines.RowwiseLinear) for module in model.modules())
+        return self._metrics(score, seconds, linear_weight_bytes(model) if holds_codes else None)
+
+    def _score_by_layer(self, method: str, backend: str, label: str) -> dict[str, Measurement]:
+        """As `_score`, with one block of the model in memory at a time."""
+        make, sizes = self.replacement(method, backend), []
+
+        def load_block(name: str) -> nn.Module:
+            block = replace_in_block_in_place(name, self.loaded.load_block(name), make)
+            sizes.append(linear_weight_bytes(block))
+            return block
+
+        start = time.perf_counter()
+        batches = self.rows.split(self.batch_size)
+        with self._room_for_hidden_states() as folder:
+            logits = logits_block_by_block(
+                self.loaded.model, batches, load_block, folder=folder, progress=self._bar(f"{label}, blocks")
+            )
+            score = perplexity_of(batches, logits)
+        seconds = time.perf_counter() - start
+        if method == UNQUANTISED:
+            sizes = [linear_weight_bytes(self.loaded.model)]
+        return self._metrics(score, seconds, None if method in _BASELINES else sum(sizes))
+
+    @contextmanager
+    def _room_for_hidden_states(self) -> Iterator[Path | None]:
+        """None where they fit into half of this machine's memory, else a folder in the outputs that is deleted afterwards."""
+        needed = hidden_state_bytes(self.loaded.model, self.rows)
+        if needed <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
+            yield None
+            return
+        self.run.outputs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.run.outputs, prefix="hidden-states-") as folder:
+            print(f"hidden states take {needed / 2**30:.1f} GiB and are kept in {folder}", flush=True)
+            yield Path(folder)
+
+    def _bar(self, label: str) -> Callable:
+        return lambda items: self.run.progress(items, desc=label, total=len(items))
+
+    def _metrics(self, score: Perplexity, seconds: float, weight_bytes: int | None) -> dict[str, Measurement]:
         bits = score.nll_nats / score.tokens / math.log(2)
         metrics = {
             **score.measurements(),
@@ -290,10 +429,9 @@ class AccuracyStudy:
             "tokens_scored": Measurement(score.tokens, "token"),
             "seconds": Measurement(seconds, "s"),
         }
-        if not any(isinstance(module, baselines.RowwiseLinear) for module in model.modules()):  # holds no codes
-            size = linear_weight_bytes(model)
-            metrics["linear_weight_mib"] = Measurement(size / 2**20, "MiB")
-            metrics["bits_per_weight"] = Measurement(8 * size / self._weights, "bit")
+        if weight_bytes is not None:
+            metrics["linear_weight_mib"] = Measurement(weight_bytes / 2**20, "MiB")
+            metrics["bits_per_weight"] = Measurement(8 * weight_bytes / self._weights, "bit")
         return metrics
 
     def _score_task(self, model: nn.Module, task: str) -> dict[str, Measurement]:
@@ -310,11 +448,18 @@ class AccuracyStudy:
         return sum(layer.weight.numel() for layer in linear_layers(self.loaded.model).values())
 
 
+def _scored_by_absmax(table: pd.DataFrame) -> pd.DataFrame:
+    usual = table["method"].map(lambda method: accuracy_scales.of_method(method)[1] == SCALES[0])
+    return table[usual].dropna(subset=["perplexity"])
+
+
 def plot_change(table: pd.DataFrame, model: str) -> Figure:
     """What each method costs: change of perplexity against the unquantised model, one bar a method and backend.
 
-    Without both, an unquantised model and another, the perplexities themselves.
+    Without both, an unquantised model and another, the perplexities themselves. What was skipped is left out, and what has
+    other scales than absmax, which `accuracy_scales` shows.
     """
+    table = _scored_by_absmax(table)
     shown = table[table["backend"] != "torch"]
     column, title, fmt = "change_percent", f"change of perplexity, {model} (%)", "%+.2f%%"
     if column not in table or shown.empty:
@@ -332,6 +477,7 @@ def plot_change(table: pd.DataFrame, model: str) -> Figure:
 
 def plot_size(table: pd.DataFrame, model: str) -> Figure:
     """Perplexity against the bits that a weight takes in memory, scales included; empty where only fake quantisation ran."""
+    table = _scored_by_absmax(table)
     shown = (
         table.assign(bits_per_weight=table.get("bits_per_weight", math.nan))
         .dropna(subset=["bits_per_weight"])
@@ -360,6 +506,7 @@ AGREEMENT_PERCENT = 0.1
 def claims(table: pd.DataFrame, *, outliers: float) -> list[tuple[str, bool, str]]:
     """What this study claims, as (claim, whether the table bears it out, the numbers); only for methods measured."""
     found = []
+    table = _scored_by_absmax(table)
     best = table.drop_duplicates("method", keep="last").set_index("method")
     if "change_percent" in best:
         change = best["change_percent"]

@@ -41,7 +41,7 @@ def reproduction(model: str, data_dir: str = "") -> list[tuple[str, dict[str, An
         ("00_quickstart", {"model": model}),
         ("01_sensitivity", here),
         ("02_accuracy", {**here, "tasks": PAPER_TASKS, "plan": str(plan)}),
-        ("02_accuracy", {**here, "tasks": "", "dataset": "c4"}),
+        ("02_accuracy", {**here, "tasks": "", "dataset": "c4", "scales": "absmax"}),
         ("03_kernels", {"shapes": "paper", "tokens": "1,4,8"}),
         ("03_kernels", {"shapes": "paper", "tokens": "1,4,8", "activation_bits": 8}),
         ("04_e2e", {"model": model, "output_tokens": "128,256,512,1024"}),

@@ -253,7 +253,11 @@ def source_digest(study: str) -> str:
         *(core / "runtime").glob("*.py"),
         *(core / "sources").rglob("*.py"),
         *(path for path in (paths.KERNELS).rglob("*") if path.is_file()),
-        *(path for name in (stem, f"{stem}_gpu", "baselines") if (path := core / "studies" / f"{name}.py").is_file()),
+        *(
+            path
+            for name in (stem, f"{stem}_gpu", f"{stem}_scales", "baselines")
+            if (path := core / "studies" / f"{name}.py").is_file()
+        ),
         *(core / "studies" / stem).rglob("*.py"),
     ]
     digest = hashlib.sha256()

@@ -39,7 +39,7 @@ def accuracy_table(records: pd.DataFrame) -> pd.DataFrame:
         **{name: [p.get(name, absent) for p in mine["parameters"]] for name, absent in _CASE.items()},
         setting=[_setting(p, seed) for p, seed in zip(mine["parameters"], mine["seed"], strict=True)],
     ).sort_values("time", kind="stable")
-    mine = mine[~mine["metric"].str.startswith("loss_nats/")]  # parts of the text, for comparing methods
+    mine = mine[~mine["metric"].str.startswith(_PARTS)]
     of_task = mine["metric"].str.contains("/")  # accuracy/<task>, questions/<task>
     texts = _newest_setting(mine[~of_task], ["model", "outliers", "dataset"])
     tasks = _newest_setting(mine[of_task], ["model", "outliers", "metric"])
@@ -58,8 +58,10 @@ def accuracy_table(records: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+_PARTS = ("loss_nats/", "weight_sqnr_db/", "output_sqnr_db/")
+"""Metrics of parts of a text, for comparing methods, and of single layers."""
 _CASE = {"backend": "", "outliers": 0.0, "dataset": ""}
-_OWN = {*_CASE, "plan_sha256", "calibration_windows", "task"}
+_OWN = {*_CASE, "plan_sha256", "calibration_windows", "scales", "task"}
 """Parameters in which rows of one table may differ; what differs otherwise is not compared."""
 
 

@@ -1,6 +1,9 @@
 """Accuracy: the perplexity protocol equals a plain computation, and parameters are refused before anything runs."""
 
+import dataclasses
 import math
+import os
+import weakref
 
 import pandas as pd
 import pytest
@@ -71,6 +74,7 @@ def a_study(folder, **parameters):
         ({"model": "tests"}, ModelError, "holds no config.json"),
         ({"methods": "w6a6,flex"}, ValueError, "did you mean 'flexq'"),
         ({"methods": ""}, ValueError, "no method is given; accepted: fp16"),
+        ({"scales": "mze"}, ValueError, "no way to choose scales is called 'mze'.*'mse'"),
         ({"backends": "simulat"}, ValueError, "did you mean 'simulate'"),
         ({"plan": "nowhere.json"}, ValueError, "cannot read the plan 'nowhere.json'"),
         ({"dataset": "wikitxt2"}, data.DataError, "Did you mean 'wikitext2'"),
@@ -81,6 +85,12 @@ def a_study(folder, **parameters):
         ({"tasks": "piqa", "data_dir": "tests"}, ValueError, "no data of 'piqa'"),
         ({"task_limit": -1}, ValueError, "task_limit is -1; accepted: 0 or more"),
         ({"outliers": -2.0}, ValueError, "outliers is -2.0; accepted: 0 for none"),
+        ({"outliers": 8.0, "layer_by_layer": True}, ValueError, "outliers is 8.0 with layer_by_layer; accepted: 0"),
+        (
+            {"methods": "smoothquant-w6a6", "layer_by_layer": True},
+            ValueError,
+            "accepted: one that is none of smoothquant",
+        ),
         ({"batch_size": 0}, ValueError, "batch_size is 0; accepted: 1 or more"),
         ({"seed": -1}, ValueError, "seed is -1; accepted: 0 or more"),
     ],
@@ -117,6 +127,54 @@ def test_both_figures_are_drawn(tmp_path):
     table = a_study(tmp_path, methods="fp16,flexq", task_limit=1).table()
     assert plot_change(table, "demo-opt").axes and plot_size(table, "demo-opt").axes
     assert all(holds for _, holds, _ in claims(table[table["backend"] == "torch"], outliers=0.0))
+
+
+@pytest.mark.parametrize("model", ["demo-llama", "demo-opt"])
+def test_layer_by_layer_the_numbers_are_the_whole_models_bit_for_bit(tmp_path, model):
+    parameters = {"model": model, "methods": "fp16,rtn-w6a6,flexq", "windows": 3, "batch_size": 2}
+    whole = a_study(tmp_path / "whole", **parameters).table()
+    study = a_study(tmp_path / "layers", layer_by_layer=True, **parameters)
+    alive = weakref.WeakSet()
+
+    def load_block(name, load=study.loaded.load_block):
+        assert not alive, "more than one block is in memory"
+        block = load(name)
+        alive.update(block.parameters())
+        return block
+
+    study.loaded = dataclasses.replace(study.loaded, load_block=load_block)
+    pd.testing.assert_frame_equal(
+        study.table().drop(columns="seconds"), whole.drop(columns="seconds"), check_exact=True
+    )
+    assert all(layer.weight.is_meta for layer in linear_layers(study.loaded.model).values())
+
+
+def test_layer_by_layer_what_wants_the_whole_model_is_skipped_and_the_rest_is_resumed(tmp_path):
+    parameters = {"methods": "fp16,smoothquant-w8a8,flexq", "tasks": "continuation", "layer_by_layer": True}
+    table = a_study(tmp_path, **parameters).table().set_index("method")
+    assert table["perplexity"].notna().to_dict() == {"fp32": True, "smoothquant-w8a8": False, "flexq": True}
+    assert table["skipped"].str.contains("without layer_by_layer").all()
+    assert not any(column.startswith("accuracy/") for column in table)
+    records = run_of("02_accuracy", tmp_path).records.path.read_text()
+    assert "smoothquant-w8a8 rescales the whole model in memory: run it without layer_by_layer" in records
+    whole = a_study(tmp_path, **{**parameters, "methods": "fp16,flexq", "tasks": "", "layer_by_layer": False})
+    whole.build = lambda *_: pytest.fail("computed again")
+    assert whole.table()["seconds"].tolist() == table["seconds"].dropna().tolist()
+    shown = table.reset_index()
+    assert (
+        len(plot_change(shown, "demo-opt").axes[0].patches) == 1
+        and len(plot_size(shown, "demo-opt").axes[0].lines) == 2
+    )
+    assert len(claims(shown, outliers=0.0)) == 1
+
+
+def test_hidden_states_that_do_not_fit_into_memory_are_kept_in_the_outputs(tmp_path, monkeypatch, capsys):
+    parameters = {"methods": "fp16", "windows": 3, "layer_by_layer": True}
+    expected = a_study(tmp_path / "memory", **parameters).table()["perplexity"]
+    monkeypatch.setattr(os, "sysconf", lambda name: 64)
+    assert (a_study(tmp_path / "files", **parameters).table()["perplexity"] == expected).all()
+    assert "hidden states take 0.0 GiB and are kept in" in capsys.readouterr().out
+    assert not list((tmp_path / "files").glob("hidden-states-*"))
 
 
 def scored(*block_nats):

@@ -77,6 +77,7 @@ def test_the_order_of_parameters_does_not_matter(tmp_path):
         ("flexq_core/sources/data.py", True),
         ("flexq_core/studies/accuracy.py", True),
         ("flexq_core/studies/accuracy/part.py", True),
+        ("flexq_core/studies/accuracy_scales.py", True),
         ("kernels/cpu/kernel.cpp", True),
         ("flexq_core/studies/quickstart.py", False),
         ("flexq_core/workbook/report.py", False),

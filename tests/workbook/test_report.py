@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from flexq_core.workbook import Measurement, Skipped, load_records, paths, report
 from flexq_core.workbook.__main__ import main
 from flexq_core.workbook.records import RecordError, Records
-from flexq_core.workbook.report import README_MARKS, build_report, readme_with_results
+from flexq_core.workbook.report import README_MARKS, accuracy_table, build_report, readme_with_results
 
 START, END = README_MARKS
 PROVENANCE = {
@@ -76,6 +76,21 @@ def test_the_table_is_what_the_records_say(tmp_path):
     rows = page_of(tmp_path).rows
     assert rows[1] == ["demo", "fp32", "torch", "8.000", "+0.00%", "75.0%", "–"]
     assert rows[2] == ["demo", "flexq", "cpu", "8.200", "+2.50%", "–", "1.50 MiB"]
+
+
+def test_other_scales_are_rows_of_the_same_table_and_single_layers_are_none(tmp_path):
+    score(tmp_path, "fp32", "torch", 8.0)
+    score(tmp_path, "flexq", "cpu", 8.2)
+    score(tmp_path, "flexq+mse", "cpu", 8.1, parameters={"scales": "mse"})
+    layers = {f"{metric}/mse/a": Measurement(30.0, "dB") for metric in ("weight_sqnr_db", "output_sqnr_db")}
+    shared = {"model": "demo", "method": "weight scales", "parameters": {"scales": ["mse"]}, "seed": 0}
+    Records("02_accuracy", tmp_path).once(**shared, compute=lambda: layers)
+    rows = page_of(tmp_path).rows
+    assert [row[1:5] for row in rows[2:]] == [
+        ["flexq", "cpu", "8.200", "+2.50%"],
+        ["flexq+mse", "cpu", "8.100", "+1.25%"],
+    ]
+    assert not any("sqnr" in column for column in accuracy_table(load_records(tmp_path)))
 
 
 def test_a_change_is_against_the_same_model(tmp_path):
