@@ -48,6 +48,9 @@ from flexq_core.runtime.checkpoint_format import (
 from flexq_core.runtime.convert import resolve_plan
 from flexq_core.runtime.linear import packed_parameters
 
+FILE_SCALES = ("absmax", "mse")
+"""Ways to choose weights' scales that need no text (quant/scales.py)."""
+
 _ELEMENTS = 2**20
 """Of a weight that a thread quantises at once: float32 copies of them stay in its caches."""
 
@@ -73,19 +76,26 @@ class Written:
 
 
 def quantize_files(
-    source: Path, out: Path, plan: PrecisionPlan | str | Path = "flexq", *, name: str = "", progress: bool = False
+    source: Path,
+    out: Path,
+    plan: PrecisionPlan | str | Path = "flexq",
+    *,
+    scales: str = "absmax",
+    name: str = "",
+    progress: bool = False,
 ) -> Written:
     """Write the 6-bit checkpoint of the model in `source` to the folder `out`.
 
     source: a transformers folder with safetensors weights.  out: absent or empty.  plan: as for `quantize_model`.
-    name: of the model, for the card.  progress: show a bar, one step a tensor.
+    scales: how weights' scales are chosen, `absmax` or `mse` (quant/scales.py).  name: of the model, for the card.
+    progress: show a bar, one step a tensor.
     Raises CheckpointError for a source that is incomplete, pickled, quantised or no causal language model, for an `out` that
     is taken, and where the disk is full; PlanError for a plan that does not fit; ValueError for a weight that is not
     finite (names the layer). What was finished before is kept in `<out>.partial` for the next run.
     """
     source, out = source.resolve(), out.absolute()
     _require_free(out)
-    work = _Work.of(source, plan)
+    work = _Work.of(source, plan, scales)
     partial = out.with_name(f"{out.name}.partial")
     with _locked(partial), _clear_when_full(partial), _a_thread_for_each_block() as pool:
         finished = {file: saved for file in work.files if (saved := work.finished(file, partial)) is not None}
@@ -118,12 +128,17 @@ class _Work:
     config: Mapping[str, Any]
     model: nn.Module
     plan: PrecisionPlan
+    scales: str
     tensors: Mapping[str, tuple[Path, str, list[int], str]]
     left_out: tuple[str, ...]
 
     @classmethod
-    def of(cls, source: Path, plan: PrecisionPlan | str | Path) -> _Work:
+    def of(cls, source: Path, plan: PrecisionPlan | str | Path, scales: str) -> _Work:
         """Read config.json and the files' headers; raises as `quantize_files` for a source or a plan that does not fit."""
+        if scales not in FILE_SCALES:
+            raise ValueError(
+                f"scales is {scales!r}; accepted for files, which are read without a text: {', '.join(FILE_SCALES)}"
+            )
         config = read_config(source)
         if config.get("quantization_config"):
             method = config["quantization_config"].get("quant_method")
@@ -146,7 +161,7 @@ class _Work:
                 else:
                     tensors[name] = file, stored, shape, dtype
         require_tensors(model, {name: (file, shape, dtype) for name, (file, _, shape, dtype) in tensors.items()})
-        return cls(config, model, plan, tensors, tuple(left_out))
+        return cls(config, model, plan, scales, tensors, tuple(left_out))
 
     @property
     def files(self) -> list[Path]:
@@ -178,6 +193,7 @@ class _Work:
         with file.open("rb") as stream:
             return {
                 "file": hashlib.file_digest(stream, "sha256").hexdigest(),
+                "scales": self.scales,
                 "plan": hashlib.sha256(self.plan.to_json().encode()).hexdigest(),
                 "config": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest(),
             }
@@ -204,7 +220,7 @@ class _Work:
                 tensors[name] = tensor
             else:
                 try:
-                    packed, noise = _quantize(tensor, bits.weight_bits, self.plan.group_size, pool)
+                    packed, noise = _quantize(tensor, bits.weight_bits, self.plan.group_size, self.scales, pool)
                 except ValueError as error:
                     raise ValueError(f"layer {layer!r}: {error}") from error
                 tensors |= {f"{layer}.{part}": value for part, value in packed.items()}
@@ -241,14 +257,14 @@ def _width(dtype: str) -> int:
 
 
 def _quantize(
-    weight: Tensor, bits: int, group_size: int, pool: ThreadPoolExecutor
+    weight: Tensor, bits: int, group_size: int, scales: str, pool: ThreadPoolExecutor
 ) -> tuple[dict[str, Tensor], float | None]:
     """A weight's packed tensors, and its SQNR in dB (None where nothing was lost)."""
 
     def block(first: int) -> tuple[dict[str, Tensor], float, float]:
         part = weight[first : first + rows]
         try:
-            quantized = quantize_weight(part, bits=bits, group_size=group_size)
+            quantized = quantize_weight(part, bits=bits, group_size=group_size, scales=scales)
         except ValueError as error:
             raise ValueError(f"rows from {first}: {error}") from error
         part = part.float()

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from flexq_core.quant.plan import RULES
-from flexq_core.runtime.quantize_files import Written, quantize_files
+from flexq_core.runtime.quantize_files import FILE_SCALES, Written, quantize_files
 from flexq_core.sources.models import ModelError, model_folder
 
 
@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
             model_folder(options.model),
             options.out,
             options.plan,
+            scales=options.scales,
             name=Path(options.model).name if Path(options.model).is_dir() else options.model,
             progress=True,
         )
@@ -43,6 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="a demo model, a paper model such as llama-2-7b, a hub id or a local folder")
     parser.add_argument("out", type=Path, help="the folder to write; absent or empty")
     parser.add_argument("--plan", default="flexq", help=f"{', '.join(RULES)}, or a plan file *.json (default: flexq)")
+    parser.add_argument(
+        "--scales",
+        choices=FILE_SCALES,
+        default="absmax",
+        help="of weights: mse has the least squared error (default: absmax)",
+    )
     return parser
 
 

@@ -5,6 +5,7 @@ import torch
 
 import flexq_core
 from flexq_core.__main__ import main
+from flexq_core.runtime.quantize_files import quantize_files
 from tests.models import save_model, tiny_model
 
 
@@ -26,6 +27,20 @@ def test_a_local_folder_and_a_plan_file(tmp_path, capsys):
     assert flexq_core.load(tmp_path / "out", dtype=torch.float32).config.quantization_config.plan == plan
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# my-model, 6-bit" in card and str(tmp_path) not in card
+
+
+def test_scales_of_least_error_are_another_checkpoint_with_less_of_it(tmp_path):
+    source, partial = save_model(tiny_model("llama"), tmp_path / "my-model"), tmp_path / "out.partial"
+    plain = quantize_files(source, tmp_path / "out")
+    (tmp_path / "out").rename(partial)  # as if it had been stopped at the end: its files are of other inputs
+    better = quantize_files(source, tmp_path / "out", scales="mse")
+    assert all(better.sqnr_db[layer] >= plain.sqnr_db[layer] for layer in plain.sqnr_db)
+    assert sum(better.sqnr_db.values()) > sum(plain.sqnr_db.values())
+    expected = flexq_core.quantize_model(tiny_model("llama"), "flexq", scales="mse").state_dict()
+    found = flexq_core.load(tmp_path / "out", dtype=torch.float32).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected if "_proj.weight" in name)
+    with pytest.raises(ValueError, match="accepted for files, which are read without a text: absmax, mse"):
+        quantize_files(source, tmp_path / "other", scales="output")
 
 
 @pytest.mark.parametrize(
