@@ -31,13 +31,14 @@ SIZES = {
 TOKENS = 9
 
 RANKS = """
-import json, os, sys
+import gc, json, os, sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 import torch
 torch.set_num_threads(1)  # a fork must not meet a pool of threads
-from transformers import AutoModelForCausalLM
-AutoModelForCausalLM.from_pretrained  # the import is lazy: here, once, for both processes
+# What is imported lazily: here, once, for both processes.
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+import torch._dynamo, torch.distributed.tensor, flexq_core.runtime.hf_quantizer
 from flexq_core.studies import e2e
 from flexq_core.studies.e2e import __main__ as command, decode, parallel, processes
 from flexq_core.workbook.run import Run
@@ -84,6 +85,7 @@ def rank(number):
     else:
         raise AssertionError("three groups are shared")
 
+gc.freeze()  # the study collects garbage; what is imported is none
 children = []
 for number in (0, 1):
     child = os.fork()
