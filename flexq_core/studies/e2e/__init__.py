@@ -129,12 +129,16 @@ class EndToEndStudy:
         wanted = one_of(compile_mode, COMPILE_MODES, "compile_mode")
         self.compile_mode = wanted if self.on_gpu else "none"
         self.attention = one_of(attention, ATTENTIONS, "attention")
-        if self.weights == "random":
-            self.loaded = self._random(keep=not self.on_gpu)
-        else:
-            self.loaded = load_model(model, device=run.device)
-            self.loaded.model.set_attn_implementation(self.attention)
+        self.loaded = self._load()
         self._require_fit()
+
+    def _load(self) -> LoadedModel:
+        """The unquantised model."""
+        if self.weights == "random":
+            return self._random(keep=not self.on_gpu)
+        loaded = load_model(self.model, device=self.run.device)
+        loaded.model.set_attn_implementation(self.attention)
+        return loaded
 
     def _require_fit(self) -> None:
         blocks = self.loaded.model.config.num_hidden_layers
@@ -310,7 +314,7 @@ class EndToEndStudy:
         self._shapes, self.prompt  # noqa: B018 - a plan is for all blocks, and the prompt is the same
         checked = copy.copy(self)
         checked.layers = CHECKED_BLOCKS
-        checked.loaded = checked._random(keep=not self.on_gpu)
+        checked.loaded = checked._load()
         return checked
 
     def _measured(self, method: str, backend: str) -> dict[str, Measurement]:

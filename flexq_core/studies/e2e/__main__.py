@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from flexq_core.runtime import ops
-from flexq_core.studies.e2e import ATTENTIONS, METHODS, WEIGHTS, EndToEndStudy, claims, plot_step
+from flexq_core.studies.e2e import ATTENTIONS, METHODS, WEIGHTS, EndToEndStudy, claims, plot_step, processes
 from flexq_core.studies.e2e.decode import COMPILE_MODES
+from flexq_core.studies.e2e.parallel import ParallelStudy
 from flexq_core.workbook.paths import ROOT
 from flexq_core.workbook.records import Records, is_current, read_jsonl, write_jsonl
 from flexq_core.workbook.run import Run
@@ -20,7 +21,13 @@ STUDY = "04_e2e"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure and print; returns the process's exit status."""
+    """Measure and print; returns the process's exit status. torchrun calls it once a process: see parallel.py."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with processes.joined(device):
+        return _measure(arguments, device)
+
+
+def _measure(arguments: list[str] | None, device: str) -> int:
     description = "End to end: time to first token, time per output token and memory by method."
     parser = argparse.ArgumentParser(prog="python -m flexq_core.studies.e2e", description=description)
     parser.add_argument("--model", default="demo-llama", help="a name, a hub id or a folder (default: demo-llama)")
@@ -45,16 +52,17 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.pop("outputs")
     options["methods"] = ",".join(options["methods"])
     options["output_tokens"] = ",".join(map(str, options["output_tokens"]))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    alone = processes.count() == 1
     with tempfile.TemporaryDirectory() as temporary:
         place = ROOT / folder if folder else Path(temporary)
-        run = Run(STUDY, options, device, place, Records(STUDY, place, device))
+        records = (Records if alone else processes.SharedRecords)(STUDY, place, device)
+        run = Run(STUDY, options, device, place, records)
         try:
-            study = EndToEndStudy(run, **options)
+            study = (EndToEndStudy if alone else ParallelStudy)(run, **options)
         except ValueError as error:
             parser.error(str(error))
         table = study.table()
-        if folder:
+        if folder and processes.is_first():
             path = run.records.path
             write_jsonl(path, [record for record in read_jsonl(path) if is_current(record)])
             if step := plot_step(table, study.loaded.name):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexq_core.runtime.convert import linear_weight_bytes
+from flexq_core.studies.e2e.processes import local_part
 from flexq_core.workbook.records import Skipped
 
 _INT8_ENGINES = ("onednn", "x86", "fbgemm")
@@ -145,8 +146,9 @@ def block_weight_bytes(model: nn.Module) -> int:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, memory that several share counted once, and of what torch packs out of sight."""
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    """Bytes of all parameters and buffers here, memory that several share counted once, and of what torch packs out of sight."""
+    tensors = map(local_part, (*model.parameters(), *model.buffers()))
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
     hidden = sum(layer.hidden_bytes() for layer in model.modules() if isinstance(layer, DynamicInt8Linear))
     return sum(held.values()) + hidden
 

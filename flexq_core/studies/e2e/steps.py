@@ -10,6 +10,7 @@ from torch import nn
 
 from flexq_core.studies.e2e.decode import cache_bytes
 from flexq_core.studies.e2e.linears import model_bytes
+from flexq_core.studies.e2e.processes import local_part
 
 PARTS = ("gemm", "attention", "other")
 """Of a step: matrix products, attention, and all else (norms, quantisation, rotary embeddings, caches, sampling)."""
@@ -25,7 +26,9 @@ STEPS = 1 + _REPLAYS
 
 def step_bytes(model: nn.Module, cache: Any, tokens: int) -> int:
     """Bytes that a decode step must read: all weights but the embedding's rows, and the keys and values of `tokens` positions."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding, head = (
+        local_part(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
     unread = 0 if embedding.data_ptr() == head.data_ptr() else embedding.nbytes
     return model_bytes(model) - unread + cache_bytes(cache, tokens)
 
