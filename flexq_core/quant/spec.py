@@ -25,3 +25,19 @@ def require_bits(bits: int, *, accepted: tuple[int, ...] = WEIGHT_BITS, what: st
 def group_count(features: int, group_size: int = GROUP_SIZE) -> int:
     """Groups that cover `features` elements; the last one may be padded with zeros."""
     return -(-features // group_size)
+
+
+def divisors(number: int) -> list[int]:
+    """Those of a positive number, from 1 up."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def require_whole_groups(layer: str, features: int, group_size: int, processes: int) -> None:
+    """Raise ValueError, naming the layer, unless so many processes can share its inputs and each hold whole groups."""
+    groups, padded = group_count(features, group_size), features % group_size
+    accepted = [1] if padded else divisors(groups)
+    if processes not in accepted:
+        raise ValueError(
+            f"layer {layer!r} has {features} inputs in {groups} groups of {group_size}, which {processes} processes cannot "
+            f"share; accepted: {', '.join(map(str, accepted))}"
+        )

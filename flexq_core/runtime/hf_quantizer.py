@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flexq_core.quant.plan import PrecisionPlan
 from flexq_core.quant.quantize import quantize_weight
-from flexq_core.quant.spec import group_count
+from flexq_core.quant.spec import require_whole_groups
 from flexq_core.runtime.checkpoint_format import METHOD, VERSION, checksums, metadata, require_version
 from flexq_core.runtime.convert import empty_layers_in_place, resolve_plan
 from flexq_core.runtime.linear import FlexQLinear, packed_parameters
@@ -91,7 +91,7 @@ class FlexQHfQuantizer(HfQuantizer):
         for name, layer in model.named_modules():
             if isinstance(layer, FlexQLinear):
                 layer.requires_grad_(False)  # loading makes every floating-point parameter trainable
-                _require_whole_groups(name, layer)
+                _require_whole_groups_here(name, layer)
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
@@ -148,16 +148,11 @@ def _keep_exponents_whole(model: nn.Module) -> None:
             model.tp_plan[f"{layer}.{leaf}"] = "replicate"
 
 
-def _require_whole_groups(name: str, layer: FlexQLinear) -> None:
+def _require_whole_groups_here(name: str, layer: FlexQLinear) -> None:
     """Raise ValueError where processes that share a layer's inputs do not each hold whole groups."""
     if not isinstance(layer.weight, DTensor):
         return
-    groups, padded = group_count(layer.in_features, layer.group_size), bool(layer.in_features % layer.group_size)
     for dimension, placement in enumerate(layer.weight.placements):
-        processes = layer.weight.device_mesh.size(dimension)
-        if placement.is_shard(1) and (groups % processes or padded):
-            accepted = [1] if padded else [number for number in range(1, groups + 1) if groups % number == 0]
-            raise ValueError(
-                f"layer {name!r} has {layer.in_features} inputs in {groups} groups of {layer.group_size}, which {processes} "
-                f"processes cannot share; accepted for tensor parallelism: {', '.join(map(str, accepted))}"
-            )
+        if placement.is_shard(1):
+            processes = layer.weight.device_mesh.size(dimension)
+            require_whole_groups(name, layer.in_features, layer.group_size, processes)

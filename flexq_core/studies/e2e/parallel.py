@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from flexq_core.quant.layers import linear_layers
 from flexq_core.quant.plan import RULES, PrecisionPlan
-from flexq_core.quant.spec import group_count
+from flexq_core.quant.spec import divisors, require_whole_groups
 from flexq_core.runtime.checkpoint import empty_model, load
 from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.runtime.quantize_files import quantize_files
@@ -50,20 +50,11 @@ def require_shared(model: nn.Module, plan: PrecisionPlan | None, count: int) -> 
     for what in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(model.config, what, None) or count
         if heads % count:
-            raise ValueError(f"{what} is {heads}, which {count} processes cannot share; accepted: {_divisors(heads)}")
+            accepted = ", ".join(map(str, divisors(heads)))
+            raise ValueError(f"{what} is {heads}, which {count} processes cannot share; accepted: {accepted}")
     for name, layer in linear_layers(model).items() if plan else ():
-        if not styles.get(re.sub(r"\.\d+(?=\.|$)", ".*", name), "").startswith("rowwise"):
-            continue
-        groups, padded = group_count(layer.in_features, plan.group_size), layer.in_features % plan.group_size
-        if groups % count or padded:
-            raise ValueError(
-                f"layer {name!r} has {layer.in_features} inputs in {groups} groups of {plan.group_size}, which {count} "
-                f"processes cannot share; accepted: {'1' if padded else _divisors(groups)}"
-            )
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
+        if styles.get(re.sub(r"\.\d+(?=\.|$)", ".*", name), "").startswith("rowwise"):
+            require_whole_groups(name, layer.in_features, plan.group_size, count)
 
 
 class ParallelStudy(e2e.EndToEndStudy):
