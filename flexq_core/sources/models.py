@@ -124,12 +124,13 @@ def load_model(
     import transformers
 
     place = locate_model(name)
+    folder = model_folder(name) if blocks_on_disk else None
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-        if blocks_on_disk:
-            on_disk = ModelOnDisk.open(place, device=device, dtype=dtype)
+        if folder is not None:
+            on_disk = ModelOnDisk.open(folder, device=device, dtype=dtype)
             model = on_disk.model
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True)

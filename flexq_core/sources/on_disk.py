@@ -100,16 +100,11 @@ class ModelOnDisk:
         self._load_the_rest()
 
     @classmethod
-    def open(cls, place: str, *, device: str, dtype: torch.dtype) -> ModelOnDisk:
-        """Open a local folder or a hub id, whose files are downloaded to the hub's cache first."""
+    def open(cls, folder: Path, *, device: str, dtype: torch.dtype) -> ModelOnDisk:
+        """Open a transformers folder."""
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(place)
-        folder = Path(place)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(place, allow_patterns=["config.json", INDEX, "model*.safetensors"]))
+        config = transformers.AutoConfig.from_pretrained(folder)
         return cls(config, TensorFiles(folder), device=device, dtype=dtype)
 
     def _names_in_files(self) -> dict[str, str]:
