@@ -22,7 +22,21 @@ _INT8_ENGINES = ("onednn", "x86", "fbgemm")
 _INT_MM_ROWS = 32  # torch._int_mm wants more than 16 on a GPU
 
 
-class Int8WeightLinear(nn.Module):
+class _EightBitLinear(nn.Module):
+    """Codes of 8 bits and a scale an output channel. Buffers: weight [N, K], weight_scale [N]."""
+
+    def __init__(self, linear: nn.Linear, codes: Tensor, scales: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", codes)
+        self.register_buffer("weight_scale", scales)
+        self.bias = linear.bias
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weight with its scales."""
+        return self.weight.nbytes + self.weight_scale.nbytes
+
+
+class Int8WeightLinear(_EightBitLinear):
     """W8A16: INT8 weights, a scale an output channel.
 
     On a CPU bfloat16 activations through torch's `_weight_int8pack_mm`: a plain baseline as torch ships it. On a GPU a product
@@ -31,11 +45,7 @@ class Int8WeightLinear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        codes, scales = _int8_rows(linear.weight.data, torch.bfloat16)
-        self.register_buffer("weight", codes)
-        self.register_buffer("weight_scale", scales)
-        self.bias = linear.bias
+        super().__init__(linear, *_int8_rows(linear.weight.data, torch.bfloat16))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N] in x's dtype."""
@@ -46,23 +56,15 @@ class Int8WeightLinear(nn.Module):
         y = torch._weight_int8pack_mm(rows, self.weight, self.weight_scale).to(x.dtype)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
-    def weight_bytes(self) -> int:
-        """Bytes of the weight with its scales."""
-        return self.weight.nbytes + self.weight_scale.nbytes
 
-
-class Int8Linear(nn.Module):
+class Int8Linear(_EightBitLinear):
     """W8A8 on a GPU: a scale an output channel and a token, exact integer sums by `torch._int_mm` (cuBLAS).
 
     Buffers: weight [N, K] int8, weight_scale [N] float32. K and N are multiples of 8.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        codes, scales = _int8_rows(linear.weight.data, torch.float32)
-        self.register_buffer("weight", codes)
-        self.register_buffer("weight_scale", scales)
-        self.bias = linear.bias
+        super().__init__(linear, *_int8_rows(linear.weight.data, torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N] in x's dtype."""
@@ -72,23 +74,15 @@ class Int8Linear(nn.Module):
         y = (sums * scales[:, None] * self.weight_scale).to(x.dtype)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
-    def weight_bytes(self) -> int:
-        """Bytes of the weight with its scales."""
-        return self.weight.nbytes + self.weight_scale.nbytes
 
-
-class Fp8Linear(nn.Module):
+class Fp8Linear(_EightBitLinear):
     """W8A8 in FP8 (e4m3) on a GPU: a scale an output channel and a token, through `torch._scaled_mm`.
 
     Its product comes out in bfloat16. Buffers: weight [N, K] float8_e4m3fn, weight_scale [N] float32.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        codes, scales = _fp8_rows(linear.weight.data)
-        self.register_buffer("weight", codes)
-        self.register_buffer("weight_scale", scales)
-        self.bias = linear.bias
+        super().__init__(linear, *_fp8_rows(linear.weight.data))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N] in x's dtype."""
@@ -96,10 +90,6 @@ class Fp8Linear(nn.Module):
         options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
         y = torch._scaled_mm(codes, self.weight.T, scales[:, None], self.weight_scale[None, :], **options).to(x.dtype)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-
-    def weight_bytes(self) -> int:
-        """Bytes of the weight with its scales."""
-        return self.weight.nbytes + self.weight_scale.nbytes
 
 
 class DynamicInt8Linear(nn.Module):
@@ -136,7 +126,7 @@ class DynamicInt8Linear(nn.Module):
         return self.weight_bytes() + self._bias_bytes
 
 
-_EIGHT_BIT_LAYERS = (Int8WeightLinear, Int8Linear, Fp8Linear, DynamicInt8Linear)
+_EIGHT_BIT_LAYERS = (_EightBitLinear, DynamicInt8Linear)
 
 
 def block_weight_bytes(model: nn.Module) -> int:
