@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexq_core.quant.packing import pack_codes, packed_bytes
 from flexq_core.quant.spec import GROUP_SIZE
-from flexq_core.runtime.cuda import CHUNK_ROWS
+from flexq_core.runtime.cuda import CHUNK_ROWS, weight_bits_of
 
 _CHUNK_CODES = CHUNK_ROWS * GROUP_SIZE
 _PART_CODES = 1 << 26  # read at once: their places and fields pass through memory
@@ -26,8 +26,7 @@ def unpack_chunks(chunks: Tensor, outputs: int, *, planes: bool = False) -> tupl
     Returns weight [outputs, G * 16 * bits] uint8 and weight_scale [outputs, G] float16, as `cuda.repack` was given them.
     """
     rows, groups = chunks.shape[0] * CHUNK_ROWS, chunks.shape[1]
-    code_bytes = chunks.shape[2] - 2 * CHUNK_ROWS
-    bits = code_bytes * 8 // _CHUNK_CODES
+    bits, code_bytes = weight_bits_of(chunks), chunks.shape[2] - 2 * CHUNK_ROWS
     weight = chunks.new_empty(rows, packed_bytes(groups * GROUP_SIZE, bits))
     step = max(1, _PART_CODES // max(1, groups * _CHUNK_CODES))
     for first in range(0, chunks.shape[0], step):
