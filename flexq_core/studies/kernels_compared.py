@@ -158,6 +158,11 @@ _COLOURS = {
 _MARKERS = "osD^vPX*"
 
 
+def _line_style(method: str, index: int) -> dict[str, str]:
+    """Colour and marker of a method, the `index`th of its figure."""
+    return {"color": _COLOURS.get(method, figures.SEQUENCE[3]), "marker": _MARKERS[index % len(_MARKERS)]}
+
+
 def _shapes(table: pd.DataFrame) -> list[tuple[int, int]]:
     return list(table[["outputs", "features"]].drop_duplicates().itertuples(index=False, name=None))
 
@@ -205,8 +210,7 @@ def plot_rates(table: pd.DataFrame) -> Figure:
         mine = table[(table["outputs"] == outputs) & (table["features"] == features)].dropna(subset=["gemm_us"])
         for index, (method, rows) in enumerate(mine.groupby("method", sort=False)):
             rows = rows.sort_values("tokens")
-            style = {"color": _COLOURS.get(method, figures.SEQUENCE[3]), "marker": _MARKERS[index % len(_MARKERS)]}
-            style |= {"markersize": 3, "lw": 1.2}
+            style = _line_style(method, index) | {"markersize": 3, "lw": 1.2}
             rates.plot(rows["tokens"], rows["gops"] / 1e3, label=title(method), **style)
             shares.plot(rows["tokens"], 100 * rows["limit_us"] / rows["gemm_us"], **style)
         rates.set(xscale="log", yscale="log", title=f"{outputs}\n× {features}")
@@ -223,7 +227,7 @@ def _plot_shape(axis: Axes, mine: pd.DataFrame, time: str) -> None:
     low, high = ("gemm_p10_us", "gemm_p90_us") if on_gpu else ("p10_us", "p90_us")
     for index, (method, rows) in enumerate(mine.dropna(subset=[time]).groupby("method", sort=False)):
         spread = (rows[time] - rows[low], rows[high] - rows[time])
-        style = {"color": _COLOURS.get(method, figures.SEQUENCE[3]), "marker": _MARKERS[index % len(_MARKERS)]}
+        style = _line_style(method, index)
         axis.errorbar(
             rows["tokens"], rows[time], yerr=spread, label=title(method, on_gpu), markersize=3.5, lw=1.2, **style
         )
