@@ -1,6 +1,5 @@
 """transformers' own ways with a 6-bit model: on the fly, pipelines, static caches, offloading, several processes."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from flexq_core.quant import PlanError, PrecisionPlan
 from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.runtime.quantize_files import quantize_files
 from tests.models import logits, save_model, tiny_model
+from tests.ranks import free_ports
 
 IDS = torch.arange(3, 15)[None]
 
@@ -120,6 +120,7 @@ torch.set_num_threads(1)  # a fork must not meet a pool of threads
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 import flexq_core
+from tests.ranks import in_two_processes
 folder, again, odd, unquantised, port = sys.argv[1:]
 AutoModelForCausalLM.from_pretrained  # the import is lazy: here, once, for both processes
 
@@ -149,19 +150,7 @@ def rank(number):
             raise AssertionError("loaded")
     torch.distributed.destroy_process_group()
 
-children = []
-for number in (0, 1):
-    child = os.fork()
-    if child == 0:
-        try:
-            rank(number)
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    children.append(child)
-sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+sys.exit(in_two_processes(rank))
 """
 
 
@@ -181,9 +170,6 @@ def test_two_processes_share_a_model_and_save_it_as_it_was(tmp_path):
                 parameter.add_(0.1 * torch.randn_like(parameter))
             model.model.layers[0].mlp.down_proj.weight[::3] *= 2.0**-30
         folders[name] = quantize_files(save_model(model, tmp_path / name), tmp_path / f"{name}-6", "flexq").folder
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     done = subprocess.run(
         [
             sys.executable,
@@ -193,7 +179,7 @@ def test_two_processes_share_a_model_and_save_it_as_it_was(tmp_path):
             tmp_path / "again",
             folders["odd"],
             tmp_path / "even",
-            str(port),
+            *free_ports(1),
         ],
         cwd=Path(flexq_core.__file__).parents[1],
         capture_output=True,

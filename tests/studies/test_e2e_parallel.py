@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from flexq_core.studies.e2e import processes
 from flexq_core.studies.e2e.parallel import require_shared
 from flexq_core.workbook.records import read_jsonl
 from tests.models import save_model, tiny_model
+from tests.ranks import free_ports
 
 SIZES = {
     "hidden_size": 256,
@@ -42,6 +42,7 @@ import torch._dynamo, torch.distributed.tensor, flexq_core.runtime.hf_quantizer
 from flexq_core.studies import e2e
 from flexq_core.studies.e2e import __main__ as command, decode, parallel, processes
 from flexq_core.workbook.run import Run
+from tests.ranks import in_two_processes
 folder, even, odd, tokens, *ports = sys.argv[1:]
 folder, small = Path(folder), {"prompt_tokens": 8, "output_tokens": tokens, "repeats": 1}
 e2e._WARM_UP_S = 0.0
@@ -85,32 +86,13 @@ def rank(number):
     else:
         raise AssertionError("three groups are shared")
 
+def told_apart(number):
+    with open(folder / f"out-{number}", "w") as out, redirect_stdout(out), redirect_stderr(out):
+        rank(number)
+
 gc.freeze()  # the study collects garbage; what is imported is none
-children = []
-for number in (0, 1):
-    child = os.fork()
-    if child == 0:
-        try:
-            with open(folder / f"out-{number}", "w") as out, redirect_stdout(out), redirect_stderr(out):
-                rank(number)
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    children.append(child)
-sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+sys.exit(in_two_processes(told_apart))
 """
-
-
-def free_ports(number: int) -> list[str]:
-    sockets = [socket.socket() for _ in range(number)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [str(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def test_two_processes_write_what_one_writes(tmp_path):
