@@ -15,7 +15,6 @@ from flexq_core.runtime.checkpoint_format import (
     CheckpointError,
     checksum,
     headers,
-    open_shard,
     read_config,
     read_metadata,
     require_version,
@@ -23,6 +22,7 @@ from flexq_core.runtime.checkpoint_format import (
 )
 from flexq_core.runtime.convert import empty_layers_in_place, resolve_plan
 from flexq_core.runtime.linear import FlexQLinear
+from flexq_core.runtime.tensor_files import read_tensor
 
 PACKED = {"weight": "U8", "weight_scale": "F16", "weight_exponent": "I8"}
 FLOATS = ("F32", "F16", "BF16")
@@ -128,11 +128,10 @@ def verify_shard(file: Path) -> dict[str, Any]:
         if name not in saved["sha256"]:
             without.append(name)
             continue
-        with open_shard(file) as shard:  # anew for each tensor, so that pages of the file do not stay in memory
-            if checksum(shard.get_tensor(name)) != saved["sha256"][name]:
-                raise CheckpointError(
-                    f"{name!r} in {file} is altered: its bits are not those that were saved; copy the file again or make it anew"
-                )
+        if checksum(read_tensor(file, name)) != saved["sha256"][name]:
+            raise CheckpointError(
+                f"{name!r} in {file} is altered: its bits are not those that were saved; copy the file again or make it anew"
+            )
     if without:
         warnings.warn(f"{file}: {len(without)} tensors have no checksum, first {without[0]!r}", stacklevel=2)
     return saved

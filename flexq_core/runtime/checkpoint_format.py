@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
+
+from flexq_core.runtime.tensor_files import open_header
 
 METHOD = "flexq"
 VERSION = 1
@@ -77,9 +79,9 @@ def read_metadata(file: Path) -> dict[str, Any]:
 
 
 def open_shard(file: Path) -> Any:
-    """`safe_open`; CheckpointError for a file that is absent, cut off or not safetensors."""
+    """`open_header`; CheckpointError for a file that is absent, cut off or not safetensors."""
     try:
-        return safe_open(file, "pt")
+        return open_header(file)
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent} lacks {file.name}: copy the file again") from None
     except (SafetensorError, OSError) as error:

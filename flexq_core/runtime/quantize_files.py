@@ -40,13 +40,13 @@ from flexq_core.runtime.checkpoint_format import (
     checksums,
     headers,
     metadata,
-    open_shard,
     read_config,
     read_metadata,
     shards,
 )
 from flexq_core.runtime.convert import resolve_plan
 from flexq_core.runtime.linear import packed_parameters
+from flexq_core.runtime.tensor_files import read_tensor
 
 FILE_SCALES = ("absmax", "mse")
 """Ways to choose weights' scales that need no text (quant/scales.py)."""
@@ -213,8 +213,7 @@ class _Work:
         sqnr_db: dict[str, float | None] = {}
         inputs = self.inputs(file)
         for name in self.names_in(file):
-            with open_shard(file) as shard:  # anew for each tensor, so that pages of the file do not stay in memory
-                tensor = shard.get_tensor(self.tensors[name][1])
+            tensor = read_tensor(file, self.tensors[name][1])
             bits, layer = self.precision(name), name.removesuffix(".weight")
             if bits is None:
                 tensors[name] = tensor
