@@ -10,7 +10,7 @@
 //   Scales are float16: outputs g, g + 8, g + 16, g + 24 side by side, so that a lane reads its four at once.
 //
 // Activations: records of T tiles of 8 tokens x 1 group, [token / 8T][group], padded with zero tokens:
-//   T tiles of codes, then T * 8 float32 scales.
+//   T tiles of codes, then T * 8 float32 scales (scale_at).
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -58,6 +58,12 @@ __host__ __device__ constexpr int activation_tile_bytes(Order order, int bits) {
 
 __host__ __device__ constexpr int activation_record_bytes(Order order, int bits, int token_tiles) {
   return token_tiles * (activation_tile_bytes(order, bits) + kTokenTile * 4);
+}
+
+// Which of a record's scales is that of token m of a tile. For wgmma those of tokens 2 q, 2 q + 1, 2 q + 8 and 2 q + 9 of each 16
+// lie side by side: lane q wants these four, and reads them at once.
+__host__ __device__ constexpr int scale_at(Order order, int tile, int m) {
+  return order == Order::swizzled ? tile / 2 * 16 + m / 2 * 4 + tile % 2 * 2 + m % 2 : tile * kTokenTile + m;
 }
 
 // The twelve words that a lane has of a half of a chunk.
@@ -125,6 +131,13 @@ __device__ __forceinline__ void store_float(void* to, int64_t at, Float type, fl
     static_cast<__half*>(to)[at] = __float2half_rn(value);
   else
     static_cast<__nv_bfloat16*>(to)[at] = __float2bfloat16_rn(value);
+}
+
+// Two numbers of a type of two bytes, rounded, the first one below.
+__device__ __forceinline__ uint32_t pack_floats(Float type, float first, float second) {
+  const __half2 half = __floats2half2_rn(first, second);
+  const __nv_bfloat162 bf16 = __floats2bfloat162_rn(first, second);
+  return type == Float::f16 ? reinterpret_cast<const uint32_t&>(half) : reinterpret_cast<const uint32_t&>(bf16);
 }
 
 __device__ __forceinline__ Finish::Finish(const Linear& p, int n) {

@@ -173,7 +173,7 @@ __device__ __forceinline__ void quantize_group(const float (&value)[4], const Re
     const int sum = __reduce_add_sync(0xffffffffu, int(code[0] + code[1] + code[2] + code[3] - 4 * kMagicBits));
     if (lane == 0) *reinterpret_cast<int32_t*>(out + p.bits * 128 + m * 4) = sum;
   }
-  if (lane == 0) *reinterpret_cast<float*>(record + p.token_tiles * tile_bytes + (tile * kTokenTile + m) * 4) = scale;
+  if (lane == 0) *reinterpret_cast<float*>(record + p.token_tiles * tile_bytes + scale_at(p.order, tile, m) * 4) = scale;
 }
 
 // Tokens with those that fill the last block of tiles.

@@ -1,9 +1,10 @@
 // W6Ax for many tokens on Hopper: 6-bit weights become bytes in registers and meet the activations in shared memory (s8 wgmma).
 //
-// A block computes 128 outputs x kTokens tokens. One warp fetches and leaves; two warpgroups multiply, each 64 outputs. Weights go from
-// shared memory to registers, where a code costs 0.8 instructions to expand, and from there straight into the tensor cores: what is
-// expanded is never stored. Then the sums are scaled and added in float32, three instructions a sum and group: more time than the tensor
-// cores take. So with 256 tokens they multiply 64 of them while the warpgroup adds the 64 before.
+// A block computes tiles of 128 outputs x kTokens tokens. One warp fetches and leaves; two warpgroups multiply, each 64 outputs. Weights
+// go from shared memory to registers, where a code costs 0.8 instructions to expand, and from there straight into the tensor cores: what
+// is expanded is never stored. Then the sums are scaled and added in float32, three instructions a sum and group: more time than the
+// tensor cores take. So with 256 tokens they multiply 64 of them while the warpgroup adds the 64 before, and a block takes one tile after
+// the other: while sums are stored, the next tile's stages fill.
 //
 // Where there are fewer tiles than multiprocessors, a cluster of blocks shares the groups of a tile, and each block adds up its share of
 // the tokens from its neighbours' shared memory, in their order: the result does not depend on timing.
@@ -32,32 +33,139 @@ struct Shape {
   static constexpr int kTeams = kTokens == 64 ? 2 : 1, kConsumerWarps = kTeams * kTeamWarps, kConsumers = kConsumerWarps * 32;
   static constexpr int kRegisters = kTokens >= 128 ? 240 : kTokens == 64 ? 112 : 0;  // 0: as the compiler allots them
   static constexpr int kThreads = kConsumers + (kRegisters ? 128 : 32), kBlocksAtOnce = kRegisters ? 1 : 2;
+  static constexpr bool kManyTiles = kTokens == 256;  // a block takes more than one where there are more than blocks at once
   static constexpr int kChunks = kRows / kChunkRows;
   static constexpr int kRecordBytes = activation_record_bytes(Order::swizzled, 8, kTokens / kTokenTile);
   // Swizzled operands begin at multiples of 1024 bytes, and so does every stage: the record first, then the chunks.
   static constexpr int kStageBytes = (kRecordBytes + kChunks * kChunkBytes + 1023) / 1024 * 1024;
   static constexpr int kSumStride = kRows + 4;  // floats; 8 q + g are 32 different banks
   static constexpr int kTeamSums = kTokens * kSumStride;
-  static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + 1024;
+  static constexpr int kTurnedBytes = kManyTiles ? kUnit * 16 * 2 : 0;  // of a warp: a unit of its 16 outputs, two bytes each
+  static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + kTeamWarps * kTurnedBytes + 1024;
   static_assert(kTeams * kTeamSums * 4 <= kStages * kStageBytes, "the sums fit where the stages were");
 };
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+// Stores a warp's sums of 16 outputs from `first_output` on x kUnit tokens in two bytes each. Its registers hold pairs of tokens, memory
+// wants neighbouring outputs: 8 x 8 sums at a time are turned on their way through `turned` (kUnit x 16 numbers), where the two vectors
+// of a token change places every four tokens, so that eight of either are in 32 different banks.
+template <int kUnit>
+__device__ __forceinline__ void store_turned(const Linear& p, const float (&sums)[kUnit / 2], uint8_t* turned, int first_output,
+                                             int first_token, const Finish (&finish)[2]) {
+  const int lane = threadIdx.x % 32;
+  const auto vector_at = [&](int token, int half) { return turned + token * 32 + (half ^ (token / 4 & 1)) * 16; };
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < kUnit / 8; j += 2) {
+    uint32_t pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* two = sums + 4 * (j + i / 2) + 2 * (i % 2);
+      pairs[i] = pack_floats(p.y_type, finish[i % 2](two[0] * kExpandedUnit), finish[i % 2](two[1] * kExpandedUnit));
+    }
+    store_transposed(vector_at(8 * (j + lane / 16) + lane % 8, lane / 8 % 2), pairs);
+  }
+  __syncwarp();
+  auto* y = static_cast<uint16_t*>(p.y) + int64_t(first_token) * p.outputs + first_output;
+  if (p.outputs % 8 == 0) {
+#pragma unroll
+    for (int i = 0; i < kUnit / 16; ++i) {
+      const int token = 16 * i + lane / 2, output = lane % 2 * 8;
+      if (first_token + token < p.tokens && first_output + output < p.outputs)
+        *reinterpret_cast<uint4*>(y + int64_t(token) * p.outputs + output) = *reinterpret_cast<const uint4*>(vector_at(token, lane % 2));
+    }
+  } else {
+    const int output = lane % 16;
+    for (int token = lane / 16; token < kUnit; token += 2)
+      if (first_token + token < p.tokens && first_output + output < p.outputs)
+        y[int64_t(token) * p.outputs + output] = reinterpret_cast<const uint16_t*>(vector_at(token, output / 8))[output % 8];
+  }
+}
+
+// Adds up a tile's sums of a block's teams and of a cluster's blocks, and stores them. They go through `shared`, [token][output], so that
+// neighbouring threads store neighbouring outputs. `finish` is that of output threadIdx.x % kRows of the tile.
+template <int kTokens, int kUnit, int kStages>
+__device__ __forceinline__ void add_up_and_store(const Linear& p, const float (&sums)[kTokens / kUnit][kUnit / 2], uint8_t* shared,
+                                                 int first_output, int first_token, int split, int rank, const Finish& finish) {
+  using Parts = Shape<kTokens, kUnit, kStages>;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, team = warp / kTeamWarps;
+  const auto cluster = cooperative_groups::this_cluster();
+  threads_meet<Parts::kConsumers>();
+  auto* buffer = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int unit = 0; unit < kTokens / kUnit; ++unit)
+#pragma unroll
+    for (int e = 0; e < kUnit / 2; ++e) {
+      const int token = unit * kUnit + e / 4 * 8 + lane % 4 * 2 + e % 2, row = warp % kTeamWarps * 16 + lane / 4 + e % 4 / 2 * 8;
+      buffer[team * Parts::kTeamSums + token * Parts::kSumStride + row] = sums[unit][e];
+    }
+  if (split == 1)
+    threads_meet<Parts::kConsumers>();
+  else
+    cluster.sync();  // threads that have left do not count
+  const int row = threadIdx.x % kRows;
+  constexpr int kAtOnce = Parts::kConsumers / kRows;  // tokens
+  const auto teams_sum = [&](const float* sums_of_block, int m) {
+    const float* at = sums_of_block + m * Parts::kSumStride + row;
+    return Parts::kTeams == 1 ? at[0] : at[0] + at[Parts::kTeamSums];
+  };
+  const auto finish_token = [&](int m, float sum) {
+    if (first_token + m < p.tokens && first_output + row < p.outputs)
+      store_float(p.y, int64_t(first_token + m) * p.outputs + first_output + row, p.y_type, finish(sum * kExpandedUnit));
+  };
+  if (split == 1) {
+#pragma unroll 8
+    for (int m = threadIdx.x / kRows; m < kTokens; m += kAtOnce) finish_token(m, teams_sum(buffer, m));
+  } else {
+    // All parts of several tokens are asked for before the first is needed: a neighbour's memory is far.
+    constexpr int kBatch = kTokens >= 8 * kAtOnce ? 4 : 1;
+    const int stride = split * kAtOnce;
+    for (int first = rank * kAtOnce + threadIdx.x / kRows; first < kTokens; first += kBatch * stride) {
+      float parts[kBatch][kMostSplit];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+        for (int r = 0; r < kMostSplit; ++r) {
+          const int m = first + i * stride;
+          parts[i][r] = r < split && m < kTokens ? teams_sum(cluster.map_shared_rank(buffer, r), m) : 0.0f;
+        }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int r = 0; r < kMostSplit; ++r) sum += parts[i][r];
+        if (first + i * stride < kTokens) finish_token(first + i * stride, sum);
+      }
+    }
+    cluster.sync();  // nobody leaves while a neighbour reads from it
+  }
+}
+
+#endif
+
 template <int kTokens, int kUnit, int kStages>
 __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shape<kTokens, kUnit, kStages>::kBlocksAtOnce)
-    w6ax_wgmma_kernel(const __grid_constant__ Linear p, int token_tiles, int split) {
+    w6ax_wgmma_kernel(const __grid_constant__ Linear p, int token_tiles, int tiles, int split) {
 #if __CUDA_ARCH__ >= 900  // the host never launches it elsewhere
   using Parts = Shape<kTokens, kUnit, kStages>;
   constexpr int kUnits = kTokens / kUnit, kBuffers = kUnits > 1 ? 2 : 1;
+  // Vectors of scales that are read before the sums are waited for: as many as registers are left for.
+  constexpr int kEarlyScales = kTokens == 256 ? 2 : kTokens == 128 ? kUnit / 16 : 0;
   extern __shared__ uint8_t unaligned[];
   uint8_t* shared = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
-  auto* full = reinterpret_cast<uint64_t*>(shared + kStages * Parts::kStageBytes);
+  uint8_t* turned = shared + kStages * Parts::kStageBytes;
+  auto* full = reinterpret_cast<uint64_t*>(turned + kTeamWarps * Parts::kTurnedBytes);
   uint64_t* empty = full + kStages;
   allow_next_kernel();
 
-  const int rank = blockIdx.x % split, tile = blockIdx.x / split;
-  const int row_tile = tile / token_tiles, token_tile = tile % token_tiles;
+  const int rank = blockIdx.x % split, first_tile = blockIdx.x / split, next_tile = gridDim.x / split;
   const int first_group = p.groups * rank / split, groups = p.groups * (rank + 1) / split - first_group;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  // The same in all lanes, as the compiler sees, and the lane not to be asked for again: in the loop registers are short.
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  int lane = threadIdx.x % 32;
+  asm volatile("" : "+r"(lane));
+  const int g = lane / 4, q = lane % 4;
   if (threadIdx.x == 0) {  // a stage is empty when every thread of a team has said that it has read it: no warp waits for its lanes
     for (int s = 0; s < kStages; ++s) barrier_init(full + s, 1), barrier_init(empty + s, kTeamWarps * 32);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -67,42 +175,50 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
   if (warp >= Parts::kConsumerWarps) {
     if constexpr (Parts::kRegisters > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (warp > Parts::kConsumerWarps) return;
-    // Lane c fetches chunk c of the tile's outputs; past the last outputs the last chunk is read again, and nothing of it is stored.
-    const int last = (p.outputs - 1) / kChunkRows, chunk = row_tile * Parts::kChunks + lane;
-    const uint8_t* weights = p.weight + (int64_t(chunk < last ? chunk : last) * p.groups + first_group) * kChunkBytes;
-    const uint8_t* records = p.activations + (int64_t(token_tile) * p.groups + first_group) * Parts::kRecordBytes;
     const uint64_t policy = token_tiles == 1 ? evict_first() : evict_last();
-    const auto fetch_weights = [&](int step) {
-      uint8_t* stage = shared + step % kStages * Parts::kStageBytes;
-      if (lane == 0) barrier_expect(full + step % kStages, Parts::kRecordBytes + Parts::kChunks * kChunkBytes);
-      __syncwarp();
-      if (lane < Parts::kChunks)
-        bulk_copy(stage + Parts::kRecordBytes + lane * kChunkBytes, weights + int64_t(step) * kChunkBytes, kChunkBytes, full + step % kStages,
-                  policy);
-    };
-    const auto fetch_record = [&](int step) {
-      if (lane == 0)
-        bulk_copy(shared + step % kStages * Parts::kStageBytes, records + int64_t(step) * Parts::kRecordBytes, Parts::kRecordBytes,
-                  full + step % kStages);
-    };
-    // Weights do not depend on the kernel before, activations do.
-    const int at_once = groups < kStages ? groups : kStages;
-    for (int step = 0; step < at_once; ++step) fetch_weights(step);
-    wait_for_previous_kernel();
-    for (int step = 0; step < at_once; ++step) fetch_record(step);
-    for (int step = kStages; step < groups; ++step) {
-      barrier_wait(empty + step % kStages, (step / kStages + 1) % 2);
-      fetch_weights(step);
-      fetch_record(step);
+    int fetched = 0;  // stages, of the tiles before
+    for (int tile = first_tile; tile < tiles; tile += next_tile) {
+      // Lane c fetches chunk c of the tile's outputs; past the last outputs the last chunk is read again, and nothing of it is stored.
+      const int last = (p.outputs - 1) / kChunkRows, chunk = tile / token_tiles * Parts::kChunks + lane;
+      const uint8_t* weights = p.weight + (int64_t(chunk < last ? chunk : last) * p.groups + first_group) * kChunkBytes;
+      const uint8_t* records = p.activations + (int64_t(tile % token_tiles) * p.groups + first_group) * Parts::kRecordBytes;
+      const auto fetch_weights = [&](int step) {
+        const int s = (fetched + step) % kStages;
+        if (lane == 0) barrier_expect(full + s, Parts::kRecordBytes + Parts::kChunks * kChunkBytes);
+        __syncwarp();
+        if (lane < Parts::kChunks)
+          bulk_copy(shared + s * Parts::kStageBytes + Parts::kRecordBytes + lane * kChunkBytes, weights + int64_t(step) * kChunkBytes,
+                    kChunkBytes, full + s, policy);
+      };
+      const auto fetch_record = [&](int step) {
+        const int s = (fetched + step) % kStages;
+        if (lane == 0)
+          bulk_copy(shared + s * Parts::kStageBytes, records + int64_t(step) * Parts::kRecordBytes, Parts::kRecordBytes, full + s);
+      };
+      int step = 0;
+      if (fetched == 0) {  // weights do not depend on the kernel before, activations do
+        const int at_once = groups < kStages ? groups : kStages;
+        for (; step < at_once; ++step) fetch_weights(step);
+        wait_for_previous_kernel();
+        for (step = 0; step < at_once; ++step) fetch_record(step);
+      }
+      for (; step < groups; ++step) {
+        const int stage = fetched + step;
+        if (stage >= kStages) barrier_wait(empty + stage % kStages, (stage / kStages + 1) % 2);
+        fetch_weights(step);
+        fetch_record(step);
+      }
+      fetched += groups;
+      if constexpr (!Parts::kManyTiles) break;
     }
   } else {
     if constexpr (Parts::kRegisters > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Parts::kRegisters));
     // This warp's half chunk: rows 64 * warpgroup + 16 (warp % 4) of the tile.
     const int team = Parts::kTeams == 1 ? 0 : warp / kTeamWarps, warpgroup = warp % kTeamWarps / 4;
+    const int warp_row = warpgroup * 64 + warp % 4 * 16;
     const int chunk_at = Parts::kRecordBytes + (warpgroup * 2 + warp % 4 / 2) * kChunkBytes;
-    const Finish finish(p, row_tile * kRows + threadIdx.x % kRows);
-    float sums[kUnits][kUnit / 2] = {};
-    int32_t inner[kBuffers][kUnit / 2] = {};  // of units in turn: while the tensor cores fill one, the other is scaled and added
+    float sums[kUnits][kUnit / 2];
+    int32_t inner[kBuffers][kUnit / 2];  // of units in turn: while the tensor cores fill one, the other is scaled and added
     uint32_t words[12], a[4][4];
     int stage = team, parity = 0;
     const uint8_t* here = shared + stage * Parts::kStageBytes;
@@ -110,99 +226,74 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
       barrier_wait(full + stage, parity);
       load_half(here + chunk_at, warp % 2, lane, words);
     };
-    if (team < groups) load_words();
-    for (int step = team; step < groups; step += Parts::kTeams) {
-      const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(here + chunk_at + kCodeBytes + g * 8 + warp % 2 * 4));
-      const auto* sx = reinterpret_cast<const float2*>(here + kTokens * kGroup) + q;
-      const uint64_t tokens = swizzled_operand(shared_address(here));
-      const auto multiply = [&](int unit) {
-        wgmma_fence();
+    for (int tile = first_tile; tile < tiles; tile += next_tile) {
+      const int first_output = tile / token_tiles * kRows, first_token = tile % token_tiles * kTokens;
+      const int thread_output = first_output + threadIdx.x % kRows;
+      const Finish thread_finish(p, Parts::kManyTiles ? p.outputs : thread_output);  // with many tokens registers are short, and time is not
 #pragma unroll
-        for (int s = 0; s < 4; ++s) wgmma_s8<kUnit>(inner[unit % kBuffers], a[s], tokens + (unit * kUnit * kGroup + 32 * s) / 16, s > 0);
-        wgmma_commit();
-      };
-      uint64_t* const done = empty + stage;
+      for (int unit = 0; unit < kUnits; ++unit)
 #pragma unroll
-      for (int s = 0; s < 4; ++s) expand(words, s, a[s]);
-      multiply(0);
+        for (int e = 0; e < kUnit / 2; ++e) sums[unit][e] = 0.0f;
+      if (team < groups) load_words();
+      for (int step = team; step < groups; step += Parts::kTeams) {
+        const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(here + chunk_at + kCodeBytes + g * 8 + warp % 2 * 4));
+        const auto* sx = reinterpret_cast<const float4*>(here + kTokens * kGroup) + q;
+        const uint64_t tokens = swizzled_operand(shared_address(here));
+        const auto multiply = [&](int unit) {
+          wgmma_fence();
 #pragma unroll
-      for (int unit = 0; unit < kUnits; ++unit) {
-        int32_t(&sum)[kUnit / 2] = inner[unit % kBuffers];
-        if (unit + 1 < kUnits) {
-          multiply(unit + 1);
-          wgmma_wait<1>(sum);
-        } else {
-          stage += Parts::kTeams, here += Parts::kTeams * Parts::kStageBytes;
-          if (stage >= kStages) stage -= kStages, parity ^= 1, here -= kStages * Parts::kStageBytes;
-          if (step + Parts::kTeams < groups) load_words();
-          wgmma_wait<0>(sum);
-        }
+          for (int s = 0; s < 4; ++s) wgmma_s8<kUnit>(inner[unit % kBuffers], a[s], tokens + (unit * kUnit * kGroup + 32 * s) / 16, s > 0);
+          wgmma_commit();
+        };
+        uint64_t* const done = empty + stage;
 #pragma unroll
-        for (int j = 0; j < kUnit / 8; ++j) {
-          const float2 s = sx[unit * kUnit / 2 + 4 * j];
+        for (int s = 0; s < 4; ++s) expand(words, s, a[s]);
+        multiply(0);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int e = 4 * j + i;
-            sums[unit][e] = fmaf(__int2float_rn(sum[e]) * (i < 2 ? sw.x : sw.y), i % 2 ? s.y : s.x, sums[unit][e]);
+        for (int unit = 0; unit < kUnits; ++unit) {
+          int32_t(&sum)[kUnit / 2] = inner[unit % kBuffers];
+          const float4* scales = sx + unit * kUnit / 4;  // of tokens 16 j + 2 q, + 1, + 8 and + 9 at 4 j
+          float4 early[kEarlyScales + 1];         // an array of none is no C++
+#pragma unroll
+          for (int j = 0; j < kEarlyScales; ++j) early[j] = scales[4 * j];
+          if (unit + 1 < kUnits) {
+            multiply(unit + 1);
+            wgmma_wait<1>(sum);
+          } else {
+            stage += Parts::kTeams, here += Parts::kTeams * Parts::kStageBytes;
+            if (stage >= kStages) stage -= kStages, parity ^= 1, here -= kStages * Parts::kStageBytes;
+            if (step + Parts::kTeams < groups) load_words();
+            wgmma_wait<0>(sum);
+          }
+#pragma unroll
+          for (int j = 0; j < kUnit / 16; ++j) {
+            const float4 of_four = j < kEarlyScales ? early[j] : scales[4 * j];
+            const float s[4] = {of_four.x, of_four.y, of_four.z, of_four.w};
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+              const int e = 8 * j + i;
+              sums[unit][e] = fmaf(__int2float_rn(sum[e]) * (i % 4 < 2 ? sw.x : sw.y), s[i / 4 * 2 + i % 2], sums[unit][e]);
+            }
           }
         }
+        barrier_arrive(done);
       }
-      barrier_arrive(done);
-    }
-    wait_for_previous_kernel();
+      wait_for_previous_kernel();
 
-    // Sums go through shared memory, [token][output], so that neighbouring threads store neighbouring outputs.
-    const auto cluster = cooperative_groups::this_cluster();
-    threads_meet<Parts::kConsumers>();
-    auto* buffer = reinterpret_cast<float*>(shared);
+      if constexpr (Parts::kManyTiles) {
+        if (split == 1 && p.y_type != Float::f32) {
+          const int output = first_output + warp_row;
+          const Finish finish[2] = {{p, output + g}, {p, output + g + 8}};
 #pragma unroll
-    for (int unit = 0; unit < kUnits; ++unit)
-#pragma unroll
-      for (int e = 0; e < kUnit / 2; ++e) {
-        const int token = unit * kUnit + e / 4 * 8 + 2 * q + e % 2, row = warpgroup * 64 + warp % 4 * 16 + g + e % 4 / 2 * 8;
-        buffer[team * Parts::kTeamSums + token * Parts::kSumStride + row] = sums[unit][e];
-      }
-    if (split == 1)
-      threads_meet<Parts::kConsumers>();
-    else
-      cluster.sync();  // threads that have left do not count
-    const int row = threadIdx.x % kRows;
-    constexpr int kAtOnce = Parts::kConsumers / kRows;  // tokens
-    const auto teams_sum = [&](const float* sums_of_block, int m) {
-      const float* at = sums_of_block + m * Parts::kSumStride + row;
-      return Parts::kTeams == 1 ? at[0] : at[0] + at[Parts::kTeamSums];
-    };
-    const auto finish_token = [&](int m, float sum) {
-      const int token = token_tile * kTokens + m;
-      if (token < p.tokens && row_tile * kRows + row < p.outputs)
-        store_float(p.y, int64_t(token) * p.outputs + row_tile * kRows + row, p.y_type, finish(sum * kExpandedUnit));
-    };
-    if (split == 1) {
-#pragma unroll 8
-      for (int m = threadIdx.x / kRows; m < kTokens; m += kAtOnce) finish_token(m, teams_sum(buffer, m));
-    } else {
-      // All parts of several tokens are asked for before the first is needed: a neighbour's memory is far.
-      constexpr int kBatch = kTokens >= 8 * kAtOnce ? 4 : 1;
-      const int stride = split * kAtOnce;
-      for (int first = rank * kAtOnce + threadIdx.x / kRows; first < kTokens; first += kBatch * stride) {
-        float parts[kBatch][kMostSplit];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i)
-#pragma unroll
-          for (int r = 0; r < kMostSplit; ++r) {
-            const int m = first + i * stride;
-            parts[i][r] = r < split && m < kTokens ? teams_sum(cluster.map_shared_rank(buffer, r), m) : 0.0f;
-          }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          float sum = 0.0f;
-#pragma unroll
-          for (int r = 0; r < kMostSplit; ++r) sum += parts[i][r];
-          if (first + i * stride < kTokens) finish_token(first + i * stride, sum);
+          for (int unit = 0; unit < kUnits; ++unit)
+            store_turned<kUnit>(p, sums[unit], turned + warp * Parts::kTurnedBytes, output, first_token + unit * kUnit, finish);
+          continue;
         }
       }
+      add_up_and_store<kTokens, kUnit, kStages>(p, sums, shared, first_output, first_token, split, rank,
+                                                Parts::kManyTiles ? Finish(p, thread_output) : thread_finish);
+      break;
     }
-    if (split > 1) cluster.sync();  // nobody leaves while a neighbour reads from it
   }
 #endif
 }
@@ -211,14 +302,17 @@ template <int kTokens, int kUnit, int kStages>
 void run(const Linear& p, cudaStream_t stream) {
   using Parts = Shape<kTokens, kUnit, kStages>;
   const auto kernel = w6ax_wgmma_kernel<kTokens, kUnit, kStages>;
-  blocks_at_once("w6ax_wgmma", kernel, Parts::kThreads, Parts::kSharedBytes);
+  const int at_once = blocks_at_once("w6ax_wgmma", kernel, Parts::kThreads, Parts::kSharedBytes);
   const int token_tiles = (p.tokens + kTokens - 1) / kTokens;
   const int tiles = (p.outputs + kRows - 1) / kRows * token_tiles;
   int split = kMostSplit;  // the most with which all clusters run at once and each block has a few groups to itself
   while (split > 1 && (p.groups < kLeastGroups * split ||
                        tiles > clusters_at_once("w6ax_wgmma", kernel, Parts::kThreads, Parts::kSharedBytes, split)))
     --split;
-  launch("w6ax_wgmma", kernel, dim3(tiles * split), Parts::kThreads, Parts::kSharedBytes, split, stream, p, token_tiles, split);
+  // Float32 outputs are stored through the stages, so that a block has no more than one tile of them.
+  const bool many_tiles = Parts::kManyTiles && split == 1 && p.y_type != Float::f32;
+  const int blocks = many_tiles && tiles > at_once ? at_once : tiles * split;
+  launch("w6ax_wgmma", kernel, dim3(blocks), Parts::kThreads, Parts::kSharedBytes, split, stream, p, token_tiles, tiles, split);
 }
 
 }  // namespace

@@ -26,6 +26,14 @@ __device__ __forceinline__ void wgmma_wait(int32_t (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
+// Stores four 8 x 8 matrices of two-byte numbers transposed: lane 4 g + q holds in pairs[i] what is at row g, columns 2 q and 2 q + 1 of
+// matrix i; column c of it goes to the 16 bytes at the address `to` of lane 8 i + c.
+__device__ __forceinline__ void store_transposed(void* to, const uint32_t (&pairs)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "r"(pairs[0]), "r"(pairs[1]),
+               "r"(pairs[2]), "r"(pairs[3])
+               : "memory");
+}
+
 // d[64 x kTokens] = a[64 x 32] * b[32 x kTokens], plus d if `add`, a constant. Warp w of the four holds rows 16 w .. 16 w + 15 of a
 // and d, each as mma_s8 has them; d[4 j ..] are columns 8 j .. 8 j + 7.
 template <int kTokens>
