@@ -304,6 +304,16 @@ def test_large_layers_agree_with_the_reference(backend, activation_bits, tokens)
 
 
 @gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [8200, 8203])  # of a token stored eight at once, and one by one
+def test_a_block_of_several_tiles_computes_what_blocks_of_one_do(dtype, outputs):
+    """With wgmma and outputs of two bytes; the last tile of 65 x 3 is not whole either way."""
+    layer = FlexQLinear.from_linear(torch.nn.Linear(640, outputs, device="cuda"), backend="wgmma")
+    x = torch.randn(700, 640, device="cuda").to(dtype)
+    assert torch.equal(layer(x), layer(x.float()).to(dtype))
+
+
+@gpu
 @both
 @pytest.mark.parametrize(("outputs", "groups"), [(1, 1), (32, 3), (45, 2), (257, 40)])
 def test_repacked_weights_are_read_back_bit_for_bit(backend, outputs, groups):
