@@ -6,7 +6,7 @@ output that is checked before it is timed. On a processor single calls are timed
 kernels_gpu.py. Every figure is a record, measured once a machine.
 
     python -m flexq_core.studies.kernels --tokens 1 8 64 512     measures anew and keeps no record
-    python -m flexq_core.studies.kernels --shapes paper --tokens 1 4 8 --outputs outputs/reference/h200     keeps records
+    python -m flexq_core.studies.kernels --shapes paper --tokens 1 4 8 --outputs outputs/reference/{card}   keeps records
 """
 
 from __future__ import annotations
@@ -41,13 +41,12 @@ from flexq_core.studies import kernels_gpu
 from flexq_core.studies.kernels_combinations import read_combinations
 from flexq_core.studies.kernels_compared import bandwidth_reached, mean_speedups, title, wgmma_wins
 from flexq_core.studies.parameters import counts, names, require_at_least, require_between
-from flexq_core.workbook.machine import preemptions, provenance
-from flexq_core.workbook.paths import ROOT
+from flexq_core.workbook.machine import outputs_of, preemptions, provenance
 from flexq_core.workbook.records import (
     Measurement,
     Records,
     Skipped,
-    is_current,
+    current,
     load_records,
     read_jsonl,
     write_atomically,
@@ -225,14 +224,13 @@ class KernelStudy:
 
     def _combination(self, shape: Shape, precision: LayerPrecision, tokens: int, made: Callable) -> dict[str, Any]:
         inputs = {"outputs": shape[0], "features": shape[1], "tokens": tokens, "repeats": self.repeats}
-        x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(self.seed + tokens))
         with torch.no_grad():
             records = self.run.records.once(
                 model="x".join(map(str, shape)),
                 method="bmma",
                 seed=self.seed,
                 parameters=inputs | vars(precision) | self._machine_inputs(),
-                compute=lambda: made().measure(x, self.repeats, math.inf),
+                compute=lambda: made().measure(self._activations(shape, tokens, made()), self.repeats, math.inf),
             )
         values: dict[str, Any] = {metric: record.value for metric, record in records.items()}
         return values | {"skipped": records["skipped"].reason if "skipped" in records else ""}
@@ -289,8 +287,7 @@ class KernelStudy:
             self._layers = None  # before others are made: both need not fit
             layers = kernels_gpu.GpuLayers if self.on_gpu else _ColdLayers
             self._layers = layers(shape, method, self.activation_bits, self.run.device, self.seed)
-        generator = torch.Generator().manual_seed(self.seed + tokens)
-        x = torch.randn(tokens, shape[1], generator=generator)
+        x = self._activations(shape, tokens, self._layers)
         if self.on_gpu:
             return self._layers.measure(x, self.repeats, ERROR_BOUNDS.get(method, FLEXQ_ERROR_BOUND))
         error = _checked_error(self._layers, x)
@@ -308,6 +305,11 @@ class KernelStudy:
             "gbps": Measurement(math.prod(shape) * bits / 8 / median_us / 1e3, "GB/s"),
             "gops": Measurement(2 * tokens * math.prod(shape) / median_us / 1e3, "GOP/s"),
         }
+
+    def _activations(self, shape: Shape, tokens: int, layers: _ColdLayers | kernels_gpu.GpuLayers) -> Tensor:
+        """[tokens, K] float32 on the layers' device, of the same seed for every method."""
+        generator = torch.Generator(layers.device).manual_seed(self.seed + tokens)
+        return torch.randn(tokens, shape[1], generator=generator, device=layers.device)
 
 
 class _ColdLayers:
@@ -665,7 +667,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--tokens", type=int, nargs="+", default=[1, 8, 64, 512], help="batch sizes (default: 1 8 64 512)"
     )
     parser.add_argument("--shapes", nargs="+", default=["demo"], help="NxK, or demo, paper or paper-a8 (default: demo)")
-    parser.add_argument("--activation-bits", type=int, choices=ACTIVATION_BITS, default=6, help="(default: 6)")
+    parser.add_argument(
+        "--activation-bits", type=int, nargs="+", choices=ACTIVATION_BITS, default=[6], help="(default: 6)"
+    )
     parser.add_argument(
         "--methods", nargs="+", choices=("default", *METHODS), default=["default"], help="(default: the device's usual)"
     )
@@ -677,7 +681,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--outputs",
         metavar="FOLDER",
-        help="keep records in FOLDER/records and measure none of them again (default: none)",
+        help="keep records in FOLDER/records and measure none of them again; {card} is the GPU's short name (default: none)",
     )
     parser.add_argument(
         "--write-auto-table",
@@ -686,42 +690,47 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = vars(parser.parse_args(arguments))
     folder, write_table = options.pop("outputs"), options.pop("write_auto_table")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kept = outputs_of(folder, device) if folder else None
+    except ValueError as error:
+        parser.error(str(error))
     if write_table:
-        tables = recorded(load_records(ROOT / folder)) if folder else {}
+        tables = recorded(load_records(kept)) if kept else {}
         if not tables:
             parser.error("--write-auto-table needs --outputs with records of a GPU")
         print(pd.DataFrame(write_auto_table(tables)).to_string(index=False))
         return 0
     for name in ("tokens", "shapes", "methods", "combinations"):
         options[name] = ",".join(map(str, options[name]))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as temporary:
-        place = ROOT / folder if folder else Path(temporary)
+        place = kept or Path(temporary)
         run = Run("03_kernels", options, device, place, Records("03_kernels", place, device))
         try:
-            study = KernelStudy(run, **options)
+            studies = [KernelStudy(run, **options | {"activation_bits": bits}) for bits in options["activation_bits"]]
         except ValueError as error:
             parser.error(str(error))
-        table = study.table()
-        combined = study.combination_table() if study.combinations else None
-        if folder:
+        for study in studies:
+            _print(study, study.table())
+        if study.combinations:
+            _show(study.combination_table())
+        if kept:
             path = run.records.path
-            write_jsonl(path, [record for record in read_jsonl(path) if is_current(record)])
-    _print(study, table, combined)
+            write_jsonl(path, current(read_jsonl(path)))
     return 0
 
 
-def _print(study: KernelStudy, table: pd.DataFrame, combined: pd.DataFrame | None) -> None:
-    def show(rows: pd.DataFrame) -> None:
-        print(rows.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+def _show(table: pd.DataFrame) -> None:
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
 
+
+def _print(study: KernelStudy, table: pd.DataFrame) -> None:
     where = study.card or f"{study.threads} threads"
-    print(f"{where}, weights cold, microseconds; over_limit: against what the machine allows")
-    show(table)
+    bits = f"{study.activation_bits}-bit activations"
+    print(f"{where}, {bits}, weights cold, microseconds; over_limit: against what the machine allows")
+    _show(table)
     if study.card:
-        show(mean_speedups(table))
-    if combined is not None:
-        show(combined)
+        _show(mean_speedups(table))
     for claim, holds, detail in claims(table, study.card):
         print(f"{ {True: 'holds', False: 'FAILS', None: 'cannot tell'}[holds]:<12}{claim} ({detail})")
 

@@ -552,10 +552,13 @@ def test_the_command_line_keeps_a_gpus_records_and_makes_the_table_from_them(car
     ]
     assert kernels.main([*arguments, "--repeats", "7"]) == 0
     told = capsys.readouterr().out
-    assert "NVIDIA H200, weights cold" in told and "cannot tell" in told and "cuBLAS FP16" in told
+    assert "NVIDIA H200, 6-bit activations, weights cold" in told and "cannot tell" in told and "cuBLAS FP16" in told
     first = read_jsonl(tmp_path / "h200" / "records" / "03_kernels.jsonl")
-    assert kernels.main([*arguments, "--repeats", "7"]) == 0
-    assert read_jsonl(tmp_path / "h200" / "records" / "03_kernels.jsonl") == first
+    again = [argument.replace("h200", "{card}") for argument in arguments]
+    assert kernels.main([*again, "--repeats", "7", "--activation-bits", "6", "8"]) == 0
+    both = read_jsonl(tmp_path / "h200" / "records" / "03_kernels.jsonl")
+    assert both[: len(first)] == first
+    assert {(r.method, r.parameters["activation_bits"]) for r in both[len(first) :]} == {("imma", 8), ("wgmma", 8)}
     monkeypatch.setattr("flexq_core.workbook.records.source_digest", lambda study: "other source")
     assert kernels.main([*arguments, "--repeats", "9"]) == 0
     kept = read_jsonl(tmp_path / "h200" / "records" / "03_kernels.jsonl")
@@ -601,10 +604,12 @@ def test_combinations_are_skipped_once_without_a_gpu(run):
     assert kernels_combinations.read_combinations("none") == ()
 
 
-def test_a_graph_launches_every_copy_in_turn_and_times_are_a_launchs(monkeypatch):
+@pytest.mark.parametrize(("launch_ms", "rounds"), [(0.01, 6), (0.1, 3), (5.4, 1)])
+def test_a_graph_launches_every_copy_in_turn_and_times_are_a_launchs(monkeypatch, launch_ms, rounds):
     order, replays = [], []
     fake = {name: mock.MagicMock() for name in ("current_stream", "stream", "graph", "_sleep", "synchronize", "Event")}
-    fake["Event"].return_value.elapsed_time.return_value = 0.54  # ms
+    graph_ms = launch_ms * rounds * 9
+    fake["Event"].return_value.elapsed_time.side_effect = [launch_ms, *[graph_ms] * 7]
     fake["CUDAGraph"] = lambda: mock.Mock(replay=lambda: replays.append(len(order)))
     for name, value in fake.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -612,9 +617,33 @@ def test_a_graph_launches_every_copy_in_turn_and_times_are_a_launchs(monkeypatch
     monkeypatch.setattr(kernels_gpu, "_capture_stream", lambda device: mock.Mock())
     monkeypatch.setattr(kernels_gpu, "_WARM_UP_S", 0.0)
     times = kernels_gpu.replayed_us([lambda index=index: order.append(index) for index in range(9)], 7)
-    assert order == [0, 1, 2] + [*range(9)] * 6  # untimed, then what was captured
+    assert order == [0, 1, 2, 0] + [*range(9)] * rounds  # to see how long one takes, then what was captured
     assert len(replays) == 7 and set(replays) == {len(order)}
-    assert torch.allclose(times, torch.full((7,), 10.0, dtype=torch.float64))
+    assert torch.allclose(times, torch.full((7,), 1e3 * launch_ms, dtype=torch.float64))
+
+
+def test_of_many_tokens_some_of_every_tile_are_checked(gpu_run, monkeypatch):
+    tokens = 3 * kernels_gpu.CHECKED_TOKENS
+    study = KernelStudy(gpu_run, **GPU | {"methods": "imma", "shapes": "64x256", "tokens": str(tokens)})
+    assert study.table()["error"][0] > 0
+    right = kernels_gpu.cuda.linear
+    for first, factor, text in ((tokens - 8, 1.1, "relative error 0.0"), (1, math.inf, "wrong at 64x256")):
+
+        def wrong(*operands, first=first, factor=factor):
+            y = right(*operands)
+            y[first : first + 8 if factor < 2 else first + 1] *= factor
+            return y
+
+        monkeypatch.setattr(kernels_gpu.cuda, "linear", wrong)
+        with pytest.raises(RuntimeError, match=text):
+            kernels_gpu.GpuLayers((64, 256), "imma", 6, "cuda", 0).measure(torch.randn(tokens, 256), 5, 0.06)
+
+
+def test_int8_weights_of_torchao_are_compiled_for_few_tokens_only():
+    made = kernels_gpu._TorchaoInt8.__new__(kernels_gpu._TorchaoInt8)
+    assert len(made.products(torch.zeros(kernels_gpu.COMPILED_TOKENS, 128))) == 1
+    with pytest.raises(Skipped, match="meant for few tokens; up to 8 are timed"):
+        made.products(torch.zeros(kernels_gpu.COMPILED_TOKENS + 1, 128))
 
 
 @pytest.mark.gpu
