@@ -317,7 +317,7 @@ def backend_for(tokens: int, features: int, outputs: int, device: torch.device) 
     """The faster of the two kernels that read the same repacked weights, `imma` and `wgmma`; see auto.py."""
     if torch.cuda.get_device_capability(device)[0] != 9:
         return "imma"
-    return "wgmma" if tokens >= auto.wgmma_from(torch.cuda.get_device_name(device), outputs, features) else "imma"
+    return auto.choice(torch.cuda.get_device_name(device), tokens, outputs, features)
 
 
 def token_tiles(tokens: int, backend: str) -> int:

@@ -27,7 +27,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -38,8 +37,9 @@ from flexq_core.runtime import auto, ops
 from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.sources import paper
 from flexq_core.studies import kernels_gpu
+from flexq_core.studies.kernels_claims import ERROR_BOUNDS, FLEXQ_ERROR_BOUND, claims
 from flexq_core.studies.kernels_combinations import read_combinations
-from flexq_core.studies.kernels_compared import bandwidth_reached, mean_speedups, title, wgmma_wins
+from flexq_core.studies.kernels_compared import mean_speedups, wgmma_wins
 from flexq_core.studies.parameters import counts, names, require_at_least, require_between
 from flexq_core.workbook.machine import outputs_of, preemptions, provenance
 from flexq_core.workbook.records import (
@@ -71,18 +71,6 @@ DEFAULT_METHODS = {
     "cpu": ("auto", "torch-fp32", "torch-bf16", "torch-int8"),
     "cuda": ("imma", "wgmma", "bmma", "torch-fp16", "torch-bf16", *kernels_gpu.LIBRARIES),
 }
-
-ERROR_BOUNDS = {
-    "torch-fp32": 1e-5,
-    "torch-fp16": 1e-2,
-    "torch-bf16": 2e-2,
-    "torch-int8": 5e-2,
-    "cublas-int8": 5e-2,
-    "cublaslt-fp8": 6e-2,
-    "torchao-int8wo": 5e-2,
-}
-FLEXQ_ERROR_BOUND = 6e-2
-"""Relative error against float32, ‖y - y32‖ / ‖y32‖. On normal numbers 6-bit groups of 128 come to 4%: a wrong one to 100%."""
 
 # x86 is left out: it packs for one of the other two, as it sees fit.
 _INT8_ENGINES = ("onednn", "fbgemm", "qnnpack")
@@ -460,99 +448,6 @@ def recorded(records: pd.DataFrame) -> dict[tuple[str, int], pd.DataFrame]:
             rows = mine.drop(columns=["device", "activation_bits"]).to_dict("records")
             tables[card, int(bits)] = tabulate(rows, machine).assign(skipped="")
     return tables
-
-
-AT_MOST_OVER_INT8 = 1.1
-"""How much longer than torch's dynamic INT8 FlexQ's CPU kernel may take for one token, the geometric mean over shapes."""
-AT_MOST_PREEMPTIONS = 0.25
-"""Preemptions a call above which a machine is too busy to tell: on a quiet one there are hardly any."""
-AT_LEAST_ON_H200 = {"cublaslt-fp8": 1.25, "torch-fp16": 2.3, "cublas-int8": 1.6}
-"""Library → FlexQ's speed-up over it, products alone, the geometric mean over shapes and 1, 4 and 8 tokens."""
-LEAST_BANDWIDTH = 0.9
-"""Share of the measured bandwidth of copying that the product reaches on the largest shapes with up to 16 tokens."""
-
-
-def claims(table: pd.DataFrame, card: str = "") -> list[tuple[str, bool | None, str]]:
-    """What this study claims, as (claim, whether the table bears it out, the numbers); None where it cannot tell.
-
-    card: the GPU's name, where the table is of one.
-    """
-    measured = table.dropna(subset=["gemm_us" if card else "median_us"])
-    share = measured["error"] / [ERROR_BOUNDS.get(method, FLEXQ_ERROR_BOUND) for method in measured["method"]]
-    if "definition_error" in measured:
-        share = np.fmax(share, measured["definition_error"] / kernels_gpu.DEFINITION_BOUND)
-    text = "every method's product is right: its relative error against float32 is within its bound"
-    right: tuple[str, bool | None, str] = (text, None, "nothing could be measured here")
-    if len(measured):
-        worst = measured.loc[share.idxmax()]
-        right = (text, bool((share <= 1).all()), f"nearest to its bound: {worst['method']}, {worst['error']:.2%}")
-    return [right, *_gpu_claims(measured, card)] if card else [right, _speed_claim(measured)]
-
-
-def _gpu_claims(measured: pd.DataFrame, card: str) -> list[tuple[str, bool | None, str]]:
-    """What is claimed of an H200 with the paper's shapes; other cards and shapes have their numbers told."""
-    means = mean_speedups(measured)
-    lacking = "" if "H200" in card else f"claimed of an H200, this is {card}"
-    shapes = set(measured[["outputs", "features"]].itertuples(index=False, name=None))
-    if not shapes <= set(paper.kernel_shapes()):
-        lacking = "claimed of the paper's shapes, others were timed"
-    found = [_speedup_claim(means, baseline, least, lacking) for baseline, least in AT_LEAST_ON_H200.items()]
-    return [*found, _bandwidth_claim(measured, lacking)]
-
-
-def _speedup_claim(means: pd.DataFrame, baseline: str, least: float, lacking: str) -> tuple[str, bool | None, str]:
-    text = f"FlexQ's product is at least {least} times as fast as {title(baseline)}'s on an H200, the mean over shapes and decode"
-    mean = means[(means["baseline"] == title(baseline)) & means["decode"]]
-    if mean.empty:
-        return text, None, f"{title(baseline)} or FlexQ was not timed with 1, 4 or 8 tokens here"
-    row = mean.iloc[0]
-    told = (
-        f"{row['product']:.2f}× over {row['shapes']} shapes and {row['tokens']} tokens; {row['layer']:.2f}× with activation "
-        "quantisation"
-    )
-    return text, None if lacking else bool(row["product"] >= least), "; ".join(filter(None, (told, lacking)))
-
-
-def _bandwidth_claim(measured: pd.DataFrame, lacking: str) -> tuple[str, bool | None, str]:
-    largest = sorted(paper.kernel_shapes(), key=math.prod)[-2:]
-    named = " and ".join(f"{outputs} × {features}" for outputs, features in largest)
-    text = f"at {named} FlexQ's product reaches {LEAST_BANDWIDTH:.0%} of the measured bandwidth with up to 16 tokens on an H200"
-    shares = [
-        (row.bandwidth_share, f"{row.outputs} × {row.features}, {tokens} tokens")
-        for tokens in sorted(count for count in measured["tokens"].unique() if count <= 16)
-        for row in bandwidth_reached(measured, tokens).itertuples()
-        if row.method in ops.BACKENDS and (row.outputs, row.features) in largest
-    ]
-    if not shares:
-        return text, None, "these shapes were not timed here"
-    least, where = min(shares)
-    told = f"least {least:.1%}, {where}; {len(shares)} cases"
-    return text, None if lacking else bool(least >= LEAST_BANDWIDTH), "; ".join(filter(None, (told, lacking)))
-
-
-def _speed_claim(measured: pd.DataFrame) -> tuple[str, bool | None, str]:
-    text = (
-        "for 1 token FlexQ's CPU kernel takes no longer than torch's dynamic INT8 on its best engine "
-        f"(geometric mean over shapes at most {AT_MOST_OVER_INT8} of it)"
-    )
-    one = measured[measured["tokens"] == 1].pivot_table(
-        index=["outputs", "features"], columns="method", values="median_us", sort=False
-    )
-    if "torch-int8" not in one:
-        return text, None, "torch-int8 was not timed with 1 token here"
-    flexq = next((method for method in ("cpu", "reference") if method in one), None)
-    if flexq is None:
-        return text, None, "the CPU kernel was not timed with 1 token here"
-    used = measured[(measured["tokens"] == 1) & measured["method"].isin([flexq, "torch-int8"])]
-    ratio = float(np.exp(np.log(one[flexq] / one["torch-int8"]).mean()))
-    if flexq != "cpu":
-        return text, None, f"the CPU kernel was not timed; {flexq} takes {ratio:.2f} of torch-int8's time"
-    detail = f"{ratio:.2f} of torch-int8's time over {len(one)} shapes"
-    preempted = used["preemptions_per_call"].max()
-    if preempted > AT_MOST_PREEMPTIONS:
-        busy = f"other programs took the processors {preempted:.1f} times a call: time anew on a quiet machine"
-        return text, None, f"{detail}, but {busy}"
-    return text, ratio <= AT_MOST_OVER_INT8, detail
 
 
 def _checked_error(layers: _ColdLayers, x: Tensor) -> float:

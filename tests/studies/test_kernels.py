@@ -444,25 +444,77 @@ def verdicts(table, card="NVIDIA H200"):
     return [holds for _, holds, _ in claims(table, card)]
 
 
-def test_claims_of_an_h200_are_means_over_shapes_and_the_bandwidth_of_the_largest():
-    found = claims(gpu_times(**H200), "NVIDIA H200")
-    assert [holds for _, holds, _ in found] == [True] * 5
+@pytest.mark.parametrize("card", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
+def test_claims_of_hopper_are_means_over_shapes_and_the_bandwidth_of_the_largest(card):
+    found = claims(gpu_times(**H200), card)
+    assert [holds for _, holds, _ in found] == [True] * 7
+    assert all(text.endswith(f" on {card}") for text, _, _ in found[1:])
     assert found[1][2].startswith("1.43× over 20 shapes and 1, 4, 8 tokens; 1.3") and "quantisation" in found[1][2]
     assert found[4][2].startswith("least 95.2%, ") and found[4][2].endswith("; 8 cases")
-    assert verdicts(gpu_times(**H200 | {"imma": 1.3})) == [True, False, False, False, False]
-    assert verdicts(gpu_times(**H200).assign(definition_error=1e-3)) == [False, True, True, True, True]
+    assert verdicts(gpu_times(**H200 | {"imma": 1.3})) == [True, False, False, False, False, True, True]
+    assert verdicts(gpu_times(**H200).assign(definition_error=1e-3)) == [False] + [True] * 6
 
 
 def test_other_cards_and_shapes_have_numbers_and_no_verdict():
     found = claims(gpu_times(**H200), "NVIDIA A100")
-    assert [holds for _, holds, _ in found] == [True] + [None] * 4
-    assert all("claimed of an H200, this is NVIDIA A100" in detail for _, _, detail in found[1:])
+    assert [holds for _, holds, _ in found] == [True] + [None] * 6
+    assert all("claimed of an H100 or H200, this is NVIDIA A100" in detail for _, _, detail in found[1:])
     assert found[1][2].startswith("1.43×")
     other = claims(gpu_times(shapes=[(64, 128)], **H200), "NVIDIA H200")
-    assert [holds for _, holds, _ in other] == [True] + [None] * 4
+    assert [holds for _, holds, _ in other] == [True] + [None] * 6
     assert other[1][2].endswith("others were timed") and other[4][2] == "these shapes were not timed here"
     missing = claims(gpu_times(imma=1.05), "NVIDIA H200")
     assert missing[1][1:] == (None, "cuBLASLt FP8 or FlexQ was not timed with 1, 4 or 8 tokens here")
+
+
+def test_a_library_that_is_faster_with_more_rows_is_told_with_its_fewest_too():
+    table = gpu_times(**H200)
+    padded = table["method"] == "cublas-int8"
+    detail = claims(table.assign(fewest_rows_us=(1.5 * table["gemm_us"]).where(padded)), "NVIDIA H200")[3][2]
+    assert detail.startswith("1.90× over 20 shapes") and "; 2.86× over its fewest rows" in detail
+    assert "fewest" not in claims(table, "NVIDIA H200")[3][2]
+
+
+def swept(changes, tokens=(1, 64, 128, 1024)):
+    """A table of one shape in which `auto` takes imma up to 64 tokens, then wgmma.  changes: (method, tokens) → µs."""
+    times = {"imma": (10, 11, 30, 200), "wgmma": (12, 12, 12, 60), "torch-fp16": (20, 20, 22, 80)}
+    rows = [
+        {"method": method, "outputs": 28672, "features": 8192, "tokens": count, "error": 1e-3}
+        | dict.fromkeys(("gemm_us", "median_us"), float(changes.get((method, count), us)))
+        for method, mine in times.items()
+        for count, us in zip(tokens, mine, strict=True)
+    ]
+    return pd.DataFrame(rows).assign(bandwidth_share=1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "holds", "fp16", "larger"),
+    [
+        ({}, (True, True), "0.75 of its time, 28672 × 8192, 1024 tokens, wgmma; 4 cases of 1 to 1024", "0.92 of"),
+        ({("wgmma", 1): 500, ("imma", 1024): 1}, (True, True), "0.75 of", "0.92 of"),  # auto takes the others there
+        ({("wgmma", 1024): 81}, (True, True), "1.01 of its time, 28672 × 8192, 1024 tokens, wgmma", "0.92 of"),
+        ({("wgmma", 1024): 82}, (False, True), "1.02 of its time, 28672 × 8192, 1024 tokens, wgmma", "0.92 of"),
+        ({("imma", 64): 12.2}, (True, True), "0.75 of", "1.02 of its time, 28672 × 8192, 64 tokens, imma; 3 cases"),
+        ({("imma", 64): 13}, (True, False), "0.75 of", "1.08 of its time, 28672 × 8192, 64 tokens, imma; 3 cases"),
+        ({("imma", 1): 61}, (False, False), "3.05 of its time, 28672 × 8192, 1 tokens, imma", "5.55 of"),
+    ],
+)
+def test_a_cliff_is_a_number_of_tokens_that_takes_longer_than_fp16_or_than_a_larger_one(
+    monkeypatch, changes, holds, fp16, larger
+):
+    monkeypatch.setattr(kernels.auto, "wgmma_from", lambda *_: 65)
+    found = claims(swept(changes), "NVIDIA H100 80GB HBM3")[-2:]
+    assert tuple(verdict for _, verdict, _ in found) == holds
+    assert found[0][2].startswith(f"at worst {fp16}") and found[1][2].startswith(f"at worst {larger}")
+
+
+def test_without_its_kernel_fp16_or_a_second_number_of_tokens_no_cliff_can_be_told(monkeypatch):
+    monkeypatch.setattr(kernels.auto, "wgmma_from", lambda *_: 65)
+    table = swept({})
+    for lacking in (table["method"] != "torch-fp16", table["tokens"] == 1, ~table["method"].isin(kernels.auto.CHOICES)):
+        found = claims(table[lacking], "NVIDIA H200")[-2:]
+        assert None in [holds for _, holds, _ in found]
+        assert all(detail == "there is nothing to compare here" for _, holds, detail in found if holds is None)
 
 
 def test_on_a_gpu_a_cases_backend_is_the_faster_of_those_that_auto_chooses_from():
