@@ -41,6 +41,7 @@ from flexq_core.studies.kernels_claims import ERROR_BOUNDS, FLEXQ_ERROR_BOUND, c
 from flexq_core.studies.kernels_combinations import read_combinations
 from flexq_core.studies.kernels_compared import mean_speedups, wgmma_wins
 from flexq_core.studies.parameters import counts, names, require_at_least, require_between
+from flexq_core.workbook import gpu_tables
 from flexq_core.workbook.machine import outputs_of, preemptions, provenance
 from flexq_core.workbook.records import (
     Measurement,
@@ -52,7 +53,6 @@ from flexq_core.workbook.records import (
     write_atomically,
     write_jsonl,
 )
-from flexq_core.workbook.report import gpu_kernel_times
 from flexq_core.workbook.run import Run
 
 Shape = tuple[int, int]
@@ -436,7 +436,7 @@ def _on_gpu(table: pd.DataFrame, machine: dict[str, float]) -> pd.DataFrame:
 
 def recorded(records: pd.DataFrame) -> dict[tuple[str, int], pd.DataFrame]:
     """What records of GPUs say, of this machine or another: (card, activation bits) → a table as `KernelStudy.table` makes it."""
-    times = gpu_kernel_times(records)
+    times = gpu_tables.kernel_times(records)
     limits = records[(records["study"] == "03_kernels") & (records["method"] == "limits")].sort_values("time")
     tables = {}
     for (card, bits), flexq in times.dropna(subset=["activation_bits"]).groupby(["device", "activation_bits"]):

@@ -12,8 +12,8 @@ from flexq_core.sources import paper
 from flexq_core.studies import kernels, kernels_combinations, kernels_compared, kernels_gpu
 from flexq_core.studies.kernels import KernelStudy, claims, limits_us, read_shapes
 from flexq_core.studies.kernels_compared import speedups
+from flexq_core.workbook.gpu_tables import kernel_table, kernel_times
 from flexq_core.workbook.records import Measurement, Records, Skipped, load_records, read_jsonl
-from flexq_core.workbook.report import kernel_table
 from flexq_core.workbook.run import Run
 from tests.runs import run_of
 
@@ -633,7 +633,7 @@ def test_combinations_of_bits_are_timed_once_on_the_largest_shape_and_kept_apart
     limits = table[table["tokens"] == 1].set_index("combination")["byte_limit_us"]
     size = 96 * 384 * (2 + 16 / 128) / 8 + 2 * (96 + 384)
     assert math.isclose(limits["W2A2"], size / 4200e9 * 1e6) and limits["W2A2"] < limits["W3A8"] < limits["W6A6"]
-    assert kernels.gpu_kernel_times(load_records(gpu_run.records.folder)).empty
+    assert kernel_times(load_records(gpu_run.records.folder)).empty
     figure = kernels_combinations.plot_combinations(table)
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["W2A2", "W3A8", "W6A6", "W8A8"]
     assert figure.axes[0].get_ylabel() == "time (µs)"
