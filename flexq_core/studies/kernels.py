@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from flexq_core.quant import LayerPrecision
 from flexq_core.quant.spec import ACTIVATION_BITS, GROUP_SIZE, require_bits
-from flexq_core.runtime import auto, ops
+from flexq_core.runtime import auto, cuda, ops
 from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.sources import paper
 from flexq_core.studies import kernels_gpu
@@ -224,6 +224,8 @@ class KernelStudy:
         return values | {"skipped": records["skipped"].reason if "skipped" in records else ""}
 
     def _layers_of_bits(self, shape: Shape, precision: LayerPrecision) -> kernels_gpu.GpuLayers:
+        every = [(other.weight_bits, other.activation_bits) for other in self.combinations]
+        cuda.build_ahead(every, torch.device(self.run.device))
         bits = precision.activation_bits
         return kernels_gpu.GpuLayers(shape, "bmma", bits, self.run.device, self.seed, precision.weight_bits)
 
@@ -607,8 +609,8 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(str(error))
         for study in studies:
             _print(study, study.table())
-        if study.combinations:
-            _show(study.combination_table())
+        if studies[0].combinations:
+            _show(studies[0].combination_table())
         if kept:
             path = run.records.path
             write_jsonl(path, current(read_jsonl(path)))

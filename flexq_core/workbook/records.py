@@ -70,7 +70,7 @@ class Record:
     @functools.cached_property
     def line(self) -> str:
         """As JSON, made once: a study of a thousand cases writes the first one's records a thousand times."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps({name: getattr(self, name) for name in self.__dataclass_fields__}, sort_keys=True)
 
 
 @dataclass

@@ -324,6 +324,7 @@ def card(monkeypatch):
     monkeypatch.setattr(kernels_gpu.FlexQLinear, "prepare", prepare)
     monkeypatch.setattr(kernels_gpu.cuda, "quantize_activation", lambda x, bits, backend: x)
     monkeypatch.setattr(kernels_gpu.cuda, "linear", linear)
+    monkeypatch.setattr(kernels_gpu.cuda, "build_ahead", lambda bits, device: None)
     monkeypatch.setattr(
         kernels_gpu.ops,
         "w6ax_linear_repacked",
