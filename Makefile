@@ -1,10 +1,16 @@
 # `make help` lists what there is. Every target but doctor and clean makes .venv first where there is none;
 # PYTHON=... chooses with which.
 .DEFAULT_GOAL := help
-.PHONY: help doctor demo reproduce test test-gpu lab lint format lock reference kernels readme clean env
+.PHONY: help doctor demo reproduce test test-gpu lab lint format lock reference kernels end-to-end readme clean env
 SHELL := /bin/sh
 BIN := .venv/bin
-KERNELS = --outputs outputs/reference/$(or $(MACHINE),h200) --tokens 1 4 8 16 32 64 --repeats 10
+ON_CARD = --outputs "outputs/reference/$(or $(MACHINE),{card})"
+KERNELS = $(BIN)/python -m flexq_core.studies.kernels $(ON_CARD) --repeats 10
+END_TO_END = $(BIN)/python -m flexq_core.studies.e2e $(ON_CARD) --weights random --methods fp16 w8a16 w8a8 fp8 flexq
+LIBRARIES = torch-fp16 cublas-int8 cublaslt-fp8
+DECODE = 1 4 8 16 32 64
+PREFILL = 128 256 512 1024 2048 4096 8192
+SWEPT = 28672x8192 8192x28672 8192x8192 4096x4096
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -44,9 +50,15 @@ lock: env  ## resolve env/requirements.in into env/requirements.lock
 reference: env  ## keep this machine's records in outputs/reference/$(MACHINE)/ (cpu unless set)
 	@$(BIN)/python -m flexq_core.workbook reference $(or $(MACHINE),cpu)
 
-kernels: env  ## time the paper's shapes on this machine's GPU into outputs/reference/$(MACHINE)/ (h200 unless set)
-	@$(BIN)/python -m flexq_core.studies.kernels $(KERNELS) --shapes paper
-	@$(BIN)/python -m flexq_core.studies.kernels $(KERNELS) --shapes paper-a8 --activation-bits 8
+kernels: env  ## time the paper's shapes on this machine's GPU into outputs/reference/$(MACHINE)/ (the card, such as h100, unless set)
+	@$(KERNELS) --shapes paper --tokens $(DECODE) --methods imma wgmma bmma $(LIBRARIES) --combinations usual
+	@$(KERNELS) --shapes paper-a8 --tokens $(DECODE) --methods imma wgmma bmma $(LIBRARIES) --activation-bits 8
+	@$(KERNELS) --shapes $(SWEPT) --tokens $(DECODE) $(PREFILL) --methods imma wgmma $(LIBRARIES) --activation-bits 6 8
+	@$(KERNELS) --shapes 28672x8192 4096x4096 --tokens 1 4 8 --methods torchao-int8wo
+
+end-to-end: env  ## time LLaMA-13B and 7B with random weights on this machine's GPU, end to end, into the same folder
+	@$(END_TO_END) --model llama-13b
+	@$(END_TO_END) --model llama-7b
 
 readme: env  ## make the README's results table from outputs/reference/
 	@$(BIN)/python -m flexq_core.workbook readme

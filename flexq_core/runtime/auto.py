@@ -19,24 +19,33 @@ PATH = Path(__file__).with_name("auto.json")
 CHOICES = ("imma", "wgmma")
 """What `auto` chooses from on a GPU."""
 UNMEASURED_FROM = 65
-"""For a card without rows."""
+"""Where the table is empty."""
 UNDECIDED_FROM = 129
 """For a layer whose row says null: `wgmma` was faster for no number that was timed, but reads weights once for 128 tokens."""
+
+
+def choice(card: str, tokens: int, outputs: int, features: int) -> str:
+    """What `auto` takes of CHOICES on a Hopper card."""
+    return "wgmma" if tokens >= wgmma_from(card, outputs, features) else "imma"
 
 
 def wgmma_from(card: str, outputs: int, features: int) -> int:
     """The least number of tokens for which `auto` takes `wgmma`: as the nearest layer timed on this card has it.
 
-    card: the GPU's name.  Nearest: by the ratios of outputs and of features.
+    card: the name of a Hopper GPU; where it has no rows, the card with the most words of its name stands for it: all in the
+    table are of that architecture.  Nearest: by the ratios of outputs and of features.
     """
-    rows = [row for row in table() if row["card"] == card]
 
     def distance(row: dict[str, Any]) -> float:
         return abs(math.log(row["outputs"] / outputs)) + abs(math.log(row["features"] / features))
 
-    if not rows:
+    def likeness(name: str) -> tuple[bool, int]:
+        return name == card, len(set(name.split()) & set(card.split()))
+
+    if not table():
         return UNMEASURED_FROM
-    found = min(rows, key=distance)["wgmma_from"]
+    nearest = max((row["card"] for row in table()), key=likeness)
+    found = min((row for row in table() if row["card"] == nearest), key=distance)["wgmma_from"]
     return UNDECIDED_FROM if found is None else found
 
 

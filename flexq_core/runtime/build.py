@@ -13,6 +13,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -21,7 +22,8 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -129,11 +131,37 @@ def bit_plane_kernel(device: torch.device, weight_bits: int) -> ModuleType:
 
 @functools.cache
 def _bit_plane_kernel(capability: tuple[int, int], weight_bits: int) -> ModuleType:
-    architecture, name = _architecture(capability), f"flexq_bmma_w{weight_bits}"
-    flags = (*CUDA_FLAGS, f"-DFLEXQ_WEIGHT_BITS={weight_bits}")
+    name, folder, flags, architecture = _bit_plane_place(capability, weight_bits)
     return _tried_once(
-        f"{name} {architecture}", lambda: _load(name, KERNELS / "cuda", list(BIT_PLANE_SOURCES), flags, architecture)
+        f"{name} {architecture}", lambda: _load(name, folder, list(BIT_PLANE_SOURCES), flags, architecture)
     )
+
+
+@functools.cache
+def build_bit_plane_kernels(device: torch.device, widths: tuple[int, ...]) -> None:
+    """Compile `bit_plane_kernel` for these widths side by side, in processes of their own, where it is not in the cache.
+
+    What cannot be built is said when it is asked for.
+    """
+    capability = torch.cuda.get_device_capability(device)
+    try:
+        missing = [bits for bits in widths if not _place(*_bit_plane_place(capability, bits)).is_dir()]
+    except BuildError:
+        return
+    if len(missing) > 1:
+        with ProcessPoolExecutor(len(missing), mp_context=multiprocessing.get_context("spawn")) as processes:
+            list(processes.map(functools.partial(_build_bit_plane_kernel, capability), missing))
+
+
+def _build_bit_plane_kernel(capability: tuple[int, int], weight_bits: int) -> None:
+    with suppress(BuildError):
+        _bit_plane_kernel(capability, weight_bits)
+
+
+def _bit_plane_place(capability: tuple[int, int], weight_bits: int) -> tuple[str, Path, tuple[str, ...], str]:
+    """Name, sources' folder, flags and architecture of a build for one width of weights, as `_place` takes them."""
+    flags = (*CUDA_FLAGS, f"-DFLEXQ_WEIGHT_BITS={weight_bits}")
+    return f"flexq_bmma_w{weight_bits}", KERNELS / "cuda", flags, _architecture(capability)
 
 
 def _architecture(capability: tuple[int, int]) -> str:

@@ -10,6 +10,7 @@ outputs are NaN.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 from types import ModuleType
 
@@ -317,7 +318,7 @@ def backend_for(tokens: int, features: int, outputs: int, device: torch.device) 
     """The faster of the two kernels that read the same repacked weights, `imma` and `wgmma`; see auto.py."""
     if torch.cuda.get_device_capability(device)[0] != 9:
         return "imma"
-    return "wgmma" if tokens >= auto.wgmma_from(torch.cuda.get_device_name(device), outputs, features) else "imma"
+    return auto.choice(torch.cuda.get_device_name(device), tokens, outputs, features)
 
 
 def token_tiles(tokens: int, backend: str) -> int:
@@ -335,6 +336,15 @@ def _product(device: torch.device, backend: str, weight_bits: int, activation_bi
     if backend == "bmma" and (weight_bits, activation_bits) not in _BUILT_TOGETHER:
         return build.bit_plane_kernel(device, weight_bits)
     return build.cuda_kernels(device)
+
+
+def build_ahead(bits: Iterable[tuple[int, int]], device: torch.device) -> None:
+    """Compile side by side what `bmma` needs and is not in the cache: one by one it takes a minute or two.
+
+    bits: of weights and activations.
+    """
+    apart = {weight_bits for weight_bits, activation_bits in set(bits) - _BUILT_TOGETHER}
+    build.build_bit_plane_kernels(device, tuple(sorted(apart)))
 
 
 def _stream(tensor: Tensor) -> int:

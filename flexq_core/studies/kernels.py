@@ -6,7 +6,7 @@ output that is checked before it is timed. On a processor single calls are timed
 kernels_gpu.py. Every figure is a record, measured once a machine.
 
     python -m flexq_core.studies.kernels --tokens 1 8 64 512     measures anew and keeps no record
-    python -m flexq_core.studies.kernels --shapes paper --tokens 1 4 8 --outputs outputs/reference/h200     keeps records
+    python -m flexq_core.studies.kernels --shapes paper --tokens 1 4 8 --outputs outputs/reference/{card}   keeps records
 """
 
 from __future__ import annotations
@@ -27,33 +27,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from flexq_core.quant import LayerPrecision
 from flexq_core.quant.spec import ACTIVATION_BITS, GROUP_SIZE, require_bits
-from flexq_core.runtime import auto, ops
+from flexq_core.runtime import auto, cuda, ops
 from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.sources import paper
 from flexq_core.studies import kernels_gpu
+from flexq_core.studies.kernels_claims import ERROR_BOUNDS, FLEXQ_ERROR_BOUND, claims
 from flexq_core.studies.kernels_combinations import read_combinations
-from flexq_core.studies.kernels_compared import bandwidth_reached, mean_speedups, title, wgmma_wins
+from flexq_core.studies.kernels_compared import mean_speedups, wgmma_wins
 from flexq_core.studies.parameters import counts, names, require_at_least, require_between
-from flexq_core.workbook.machine import preemptions, provenance
-from flexq_core.workbook.paths import ROOT
+from flexq_core.workbook import gpu_tables
+from flexq_core.workbook.machine import outputs_of, preemptions, provenance
 from flexq_core.workbook.records import (
     Measurement,
     Records,
     Skipped,
-    is_current,
+    current,
     load_records,
     read_jsonl,
     write_atomically,
     write_jsonl,
 )
-from flexq_core.workbook.report import gpu_kernel_times
 from flexq_core.workbook.run import Run
 
 Shape = tuple[int, int]
@@ -72,18 +71,6 @@ DEFAULT_METHODS = {
     "cpu": ("auto", "torch-fp32", "torch-bf16", "torch-int8"),
     "cuda": ("imma", "wgmma", "bmma", "torch-fp16", "torch-bf16", *kernels_gpu.LIBRARIES),
 }
-
-ERROR_BOUNDS = {
-    "torch-fp32": 1e-5,
-    "torch-fp16": 1e-2,
-    "torch-bf16": 2e-2,
-    "torch-int8": 5e-2,
-    "cublas-int8": 5e-2,
-    "cublaslt-fp8": 6e-2,
-    "torchao-int8wo": 5e-2,
-}
-FLEXQ_ERROR_BOUND = 6e-2
-"""Relative error against float32, ‖y - y32‖ / ‖y32‖. On normal numbers 6-bit groups of 128 come to 4%: a wrong one to 100%."""
 
 # x86 is left out: it packs for one of the other two, as it sees fit.
 _INT8_ENGINES = ("onednn", "fbgemm", "qnnpack")
@@ -225,19 +212,20 @@ class KernelStudy:
 
     def _combination(self, shape: Shape, precision: LayerPrecision, tokens: int, made: Callable) -> dict[str, Any]:
         inputs = {"outputs": shape[0], "features": shape[1], "tokens": tokens, "repeats": self.repeats}
-        x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(self.seed + tokens))
         with torch.no_grad():
             records = self.run.records.once(
                 model="x".join(map(str, shape)),
                 method="bmma",
                 seed=self.seed,
                 parameters=inputs | vars(precision) | self._machine_inputs(),
-                compute=lambda: made().measure(x, self.repeats, math.inf),
+                compute=lambda: made().measure(self._activations(shape, tokens, made()), self.repeats, math.inf),
             )
         values: dict[str, Any] = {metric: record.value for metric, record in records.items()}
         return values | {"skipped": records["skipped"].reason if "skipped" in records else ""}
 
     def _layers_of_bits(self, shape: Shape, precision: LayerPrecision) -> kernels_gpu.GpuLayers:
+        every = [(other.weight_bits, other.activation_bits) for other in self.combinations]
+        cuda.build_ahead(every, torch.device(self.run.device))
         bits = precision.activation_bits
         return kernels_gpu.GpuLayers(shape, "bmma", bits, self.run.device, self.seed, precision.weight_bits)
 
@@ -289,8 +277,7 @@ class KernelStudy:
             self._layers = None  # before others are made: both need not fit
             layers = kernels_gpu.GpuLayers if self.on_gpu else _ColdLayers
             self._layers = layers(shape, method, self.activation_bits, self.run.device, self.seed)
-        generator = torch.Generator().manual_seed(self.seed + tokens)
-        x = torch.randn(tokens, shape[1], generator=generator)
+        x = self._activations(shape, tokens, self._layers)
         if self.on_gpu:
             return self._layers.measure(x, self.repeats, ERROR_BOUNDS.get(method, FLEXQ_ERROR_BOUND))
         error = _checked_error(self._layers, x)
@@ -308,6 +295,11 @@ class KernelStudy:
             "gbps": Measurement(math.prod(shape) * bits / 8 / median_us / 1e3, "GB/s"),
             "gops": Measurement(2 * tokens * math.prod(shape) / median_us / 1e3, "GOP/s"),
         }
+
+    def _activations(self, shape: Shape, tokens: int, layers: _ColdLayers | kernels_gpu.GpuLayers) -> Tensor:
+        """[tokens, K] float32 on the layers' device, of the same seed for every method."""
+        generator = torch.Generator(layers.device).manual_seed(self.seed + tokens)
+        return torch.randn(tokens, shape[1], generator=generator, device=layers.device)
 
 
 class _ColdLayers:
@@ -446,7 +438,7 @@ def _on_gpu(table: pd.DataFrame, machine: dict[str, float]) -> pd.DataFrame:
 
 def recorded(records: pd.DataFrame) -> dict[tuple[str, int], pd.DataFrame]:
     """What records of GPUs say, of this machine or another: (card, activation bits) → a table as `KernelStudy.table` makes it."""
-    times = gpu_kernel_times(records)
+    times = gpu_tables.kernel_times(records)
     limits = records[(records["study"] == "03_kernels") & (records["method"] == "limits")].sort_values("time")
     tables = {}
     for (card, bits), flexq in times.dropna(subset=["activation_bits"]).groupby(["device", "activation_bits"]):
@@ -458,99 +450,6 @@ def recorded(records: pd.DataFrame) -> dict[tuple[str, int], pd.DataFrame]:
             rows = mine.drop(columns=["device", "activation_bits"]).to_dict("records")
             tables[card, int(bits)] = tabulate(rows, machine).assign(skipped="")
     return tables
-
-
-AT_MOST_OVER_INT8 = 1.1
-"""How much longer than torch's dynamic INT8 FlexQ's CPU kernel may take for one token, the geometric mean over shapes."""
-AT_MOST_PREEMPTIONS = 0.25
-"""Preemptions a call above which a machine is too busy to tell: on a quiet one there are hardly any."""
-AT_LEAST_ON_H200 = {"cublaslt-fp8": 1.25, "torch-fp16": 2.3, "cublas-int8": 1.6}
-"""Library → FlexQ's speed-up over it, products alone, the geometric mean over shapes and 1, 4 and 8 tokens."""
-LEAST_BANDWIDTH = 0.9
-"""Share of the measured bandwidth of copying that the product reaches on the largest shapes with up to 16 tokens."""
-
-
-def claims(table: pd.DataFrame, card: str = "") -> list[tuple[str, bool | None, str]]:
-    """What this study claims, as (claim, whether the table bears it out, the numbers); None where it cannot tell.
-
-    card: the GPU's name, where the table is of one.
-    """
-    measured = table.dropna(subset=["gemm_us" if card else "median_us"])
-    share = measured["error"] / [ERROR_BOUNDS.get(method, FLEXQ_ERROR_BOUND) for method in measured["method"]]
-    if "definition_error" in measured:
-        share = np.fmax(share, measured["definition_error"] / kernels_gpu.DEFINITION_BOUND)
-    text = "every method's product is right: its relative error against float32 is within its bound"
-    right: tuple[str, bool | None, str] = (text, None, "nothing could be measured here")
-    if len(measured):
-        worst = measured.loc[share.idxmax()]
-        right = (text, bool((share <= 1).all()), f"nearest to its bound: {worst['method']}, {worst['error']:.2%}")
-    return [right, *_gpu_claims(measured, card)] if card else [right, _speed_claim(measured)]
-
-
-def _gpu_claims(measured: pd.DataFrame, card: str) -> list[tuple[str, bool | None, str]]:
-    """What is claimed of an H200 with the paper's shapes; other cards and shapes have their numbers told."""
-    means = mean_speedups(measured)
-    lacking = "" if "H200" in card else f"claimed of an H200, this is {card}"
-    shapes = set(measured[["outputs", "features"]].itertuples(index=False, name=None))
-    if not shapes <= set(paper.kernel_shapes()):
-        lacking = "claimed of the paper's shapes, others were timed"
-    found = [_speedup_claim(means, baseline, least, lacking) for baseline, least in AT_LEAST_ON_H200.items()]
-    return [*found, _bandwidth_claim(measured, lacking)]
-
-
-def _speedup_claim(means: pd.DataFrame, baseline: str, least: float, lacking: str) -> tuple[str, bool | None, str]:
-    text = f"FlexQ's product is at least {least} times as fast as {title(baseline)}'s on an H200, the mean over shapes and decode"
-    mean = means[(means["baseline"] == title(baseline)) & means["decode"]]
-    if mean.empty:
-        return text, None, f"{title(baseline)} or FlexQ was not timed with 1, 4 or 8 tokens here"
-    row = mean.iloc[0]
-    told = (
-        f"{row['product']:.2f}× over {row['shapes']} shapes and {row['tokens']} tokens; {row['layer']:.2f}× with activation "
-        "quantisation"
-    )
-    return text, None if lacking else bool(row["product"] >= least), "; ".join(filter(None, (told, lacking)))
-
-
-def _bandwidth_claim(measured: pd.DataFrame, lacking: str) -> tuple[str, bool | None, str]:
-    largest = sorted(paper.kernel_shapes(), key=math.prod)[-2:]
-    named = " and ".join(f"{outputs} × {features}" for outputs, features in largest)
-    text = f"at {named} FlexQ's product reaches {LEAST_BANDWIDTH:.0%} of the measured bandwidth with up to 16 tokens on an H200"
-    shares = [
-        (row.bandwidth_share, f"{row.outputs} × {row.features}, {tokens} tokens")
-        for tokens in sorted(count for count in measured["tokens"].unique() if count <= 16)
-        for row in bandwidth_reached(measured, tokens).itertuples()
-        if row.method in ops.BACKENDS and (row.outputs, row.features) in largest
-    ]
-    if not shares:
-        return text, None, "these shapes were not timed here"
-    least, where = min(shares)
-    told = f"least {least:.1%}, {where}; {len(shares)} cases"
-    return text, None if lacking else bool(least >= LEAST_BANDWIDTH), "; ".join(filter(None, (told, lacking)))
-
-
-def _speed_claim(measured: pd.DataFrame) -> tuple[str, bool | None, str]:
-    text = (
-        "for 1 token FlexQ's CPU kernel takes no longer than torch's dynamic INT8 on its best engine "
-        f"(geometric mean over shapes at most {AT_MOST_OVER_INT8} of it)"
-    )
-    one = measured[measured["tokens"] == 1].pivot_table(
-        index=["outputs", "features"], columns="method", values="median_us", sort=False
-    )
-    if "torch-int8" not in one:
-        return text, None, "torch-int8 was not timed with 1 token here"
-    flexq = next((method for method in ("cpu", "reference") if method in one), None)
-    if flexq is None:
-        return text, None, "the CPU kernel was not timed with 1 token here"
-    used = measured[(measured["tokens"] == 1) & measured["method"].isin([flexq, "torch-int8"])]
-    ratio = float(np.exp(np.log(one[flexq] / one["torch-int8"]).mean()))
-    if flexq != "cpu":
-        return text, None, f"the CPU kernel was not timed; {flexq} takes {ratio:.2f} of torch-int8's time"
-    detail = f"{ratio:.2f} of torch-int8's time over {len(one)} shapes"
-    preempted = used["preemptions_per_call"].max()
-    if preempted > AT_MOST_PREEMPTIONS:
-        busy = f"other programs took the processors {preempted:.1f} times a call: time anew on a quiet machine"
-        return text, None, f"{detail}, but {busy}"
-    return text, ratio <= AT_MOST_OVER_INT8, detail
 
 
 def _checked_error(layers: _ColdLayers, x: Tensor) -> float:
@@ -665,7 +564,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--tokens", type=int, nargs="+", default=[1, 8, 64, 512], help="batch sizes (default: 1 8 64 512)"
     )
     parser.add_argument("--shapes", nargs="+", default=["demo"], help="NxK, or demo, paper or paper-a8 (default: demo)")
-    parser.add_argument("--activation-bits", type=int, choices=ACTIVATION_BITS, default=6, help="(default: 6)")
+    parser.add_argument(
+        "--activation-bits", type=int, nargs="+", choices=ACTIVATION_BITS, default=[6], help="(default: 6)"
+    )
     parser.add_argument(
         "--methods", nargs="+", choices=("default", *METHODS), default=["default"], help="(default: the device's usual)"
     )
@@ -677,7 +578,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--outputs",
         metavar="FOLDER",
-        help="keep records in FOLDER/records and measure none of them again (default: none)",
+        help="keep records in FOLDER/records and measure none of them again; {card} is the GPU's short name (default: none)",
     )
     parser.add_argument(
         "--write-auto-table",
@@ -686,42 +587,47 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = vars(parser.parse_args(arguments))
     folder, write_table = options.pop("outputs"), options.pop("write_auto_table")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kept = outputs_of(folder, device) if folder else None
+    except ValueError as error:
+        parser.error(str(error))
     if write_table:
-        tables = recorded(load_records(ROOT / folder)) if folder else {}
+        tables = recorded(load_records(kept)) if kept else {}
         if not tables:
             parser.error("--write-auto-table needs --outputs with records of a GPU")
         print(pd.DataFrame(write_auto_table(tables)).to_string(index=False))
         return 0
     for name in ("tokens", "shapes", "methods", "combinations"):
         options[name] = ",".join(map(str, options[name]))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as temporary:
-        place = ROOT / folder if folder else Path(temporary)
+        place = kept or Path(temporary)
         run = Run("03_kernels", options, device, place, Records("03_kernels", place, device))
         try:
-            study = KernelStudy(run, **options)
+            studies = [KernelStudy(run, **options | {"activation_bits": bits}) for bits in options["activation_bits"]]
         except ValueError as error:
             parser.error(str(error))
-        table = study.table()
-        combined = study.combination_table() if study.combinations else None
-        if folder:
+        for study in studies:
+            _print(study, study.table())
+        if studies[0].combinations:
+            _show(studies[0].combination_table())
+        if kept:
             path = run.records.path
-            write_jsonl(path, [record for record in read_jsonl(path) if is_current(record)])
-    _print(study, table, combined)
+            write_jsonl(path, current(read_jsonl(path)))
     return 0
 
 
-def _print(study: KernelStudy, table: pd.DataFrame, combined: pd.DataFrame | None) -> None:
-    def show(rows: pd.DataFrame) -> None:
-        print(rows.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+def _show(table: pd.DataFrame) -> None:
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
 
+
+def _print(study: KernelStudy, table: pd.DataFrame) -> None:
     where = study.card or f"{study.threads} threads"
-    print(f"{where}, weights cold, microseconds; over_limit: against what the machine allows")
-    show(table)
+    bits = f"{study.activation_bits}-bit activations"
+    print(f"{where}, {bits}, weights cold, microseconds; over_limit: against what the machine allows")
+    _show(table)
     if study.card:
-        show(mean_speedups(table))
-    if combined is not None:
-        show(combined)
+        _show(mean_speedups(table))
     for claim, holds, detail in claims(table, study.card):
         print(f"{ {True: 'holds', False: 'FAILS', None: 'cannot tell'}[holds]:<12}{claim} ({detail})")
 

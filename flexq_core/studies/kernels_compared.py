@@ -55,6 +55,7 @@ def wgmma_wins(table: pd.DataFrame) -> pd.DataFrame:
         times = mine.pivot_table(index="tokens", columns="method", values="median_us")
         if not {"imma", "wgmma"} <= set(times):
             continue
+        times = times.dropna(subset=["imma", "wgmma"])
         wins = (times["wgmma"] < times["imma"]).sort_index()
         lasting = wins[::-1].cummin()[::-1]  # and for all numbers above
         first = int(lasting.idxmax()) if lasting.any() else None

@@ -4,7 +4,7 @@ One harness for all methods. A layer's weights lie there in so many copies that 
 comes again; a graph holds one launch after the other, on the copies in turn, and a time is that of a replay divided by its
 launches. `gemm_us` is the product alone, its operands quantised beforehand; FlexQ's `median_us` is the whole layer, which
 quantises its activations as well. Where a library takes only some numbers of rows, or is faster with more, each padding
-that it takes is timed and the fastest counts.
+that it takes is timed and the fastest counts; `fewest_rows_us` is the time with the fewest rows.
 """
 
 from __future__ import annotations
@@ -28,9 +28,16 @@ DEFINITION_BOUND = 2e-4
 """Relative error of FlexQ's float16 outputs against the `reference` backend's: sums that round differently change the last bit
 of few of them, which comes to some 3e-5; one wrong group in a row of a hundred to 1e-1."""
 
+CHECKED_TOKENS = 128
+"""Of more, so many are compared with what they should be, from first to last; of a tile of 64 tokens in 8192 there is one."""
+COMPILED_TOKENS = 8
+"""Up to so many torch.compile makes one kernel of torchao's INT8 weights and the product; beyond, and a compile costs seconds,
+it casts them in a kernel of their own."""
+
 _LEAST_COPIES = 3
 _LEAST_LAUNCHES = 48  # so that what a replay itself takes, some microseconds, is lost among them
-_WARM_UP_S = 0.03
+_LEAST_REPLAY_US = 2000  # or so long a replay: many launches of milliseconds tell no more
+_WARM_UP_S = 0.01
 _QUEUE_CYCLES = 2_000_000  # about a millisecond, in which replays queue up: what is timed is the GPU, not the launches
 
 
@@ -78,25 +85,31 @@ class GpuLayers:
     def measure(self, x: Tensor, replays: int, bound: float) -> dict[str, Measurement]:
         """Times and errors for activations x, metric → value.
 
-        x: [M, K] float32, taken as float16.  replays: timed ones.  bound: the largest relative error against float32 that is
-        right. Raises RuntimeError, before anything is timed, for an output that is wrong; Skipped where the library refuses.
+        x: [M, K] floating point, taken as float16.  replays: timed ones.  bound: the largest relative error against float32
+        that is right.
+        Raises RuntimeError, before anything is timed, for an output that is wrong; Skipped where the library refuses.
         """
         x = x.to(self.device, torch.float16)
-        truth = F.linear(x.float(), self.weight)
+        checked = torch.linspace(0, len(x) - 1, min(len(x), CHECKED_TOKENS), device=self.device).round().long()
+        truth = F.linear(x[checked].float(), self.weight)
         products = [(product, product.value(y)) for product, y in self._taken(self._operands.products(x))]
-        error = max(self._require("float32", y, truth, bound) for _, y in products)
+        error = max(self._require("float32", y, truth, bound, checked) for _, y in products)
         layer = getattr(self._operands, "layer", None)
         measured = {"error": Measurement(error, "1")}
         if layer is not None:
-            definition, whole = self._operands.definition(x), layer(x, self.copies[0])
+            definition, whole = self._operands.definition(x[checked]), layer(x, self.copies[0])
             errors = [
-                self._require("its definition", y, definition, DEFINITION_BOUND)
-                for y in (whole.float(), products[0][1])
+                self._require("its definition", y, definition, DEFINITION_BOUND, checked)
+                for y in (whole, products[0][1])
             ]
             measured["definition_error"] = Measurement(max(errors), "1")
             measured |= _quantiles("median_us p10_us p90_us", self._times_us(lambda copy: layer(x, copy), replays))
-        timed = [(self._times_us(product.launch, replays), product.note) for product, _ in products]
+        products = [product for product, _ in products]  # what they computed may fill gigabytes
+        timed = [(self._times_us(product.launch, replays), product.note) for product in products]
         times, note = min(timed, key=lambda found: found[0].median().item())
+        if len(timed) > 1:
+            fewest, padding = timed[0]
+            measured["fewest_rows_us"] = Measurement(fewest.median().item(), "us", padding)
         return measured | _quantiles("gemm_us gemm_p10_us gemm_p90_us", times, note)
 
     def _taken(self, products: list[Product]) -> list[tuple[Product, Tensor]]:
@@ -113,9 +126,10 @@ class GpuLayers:
             raise Skipped(f"{self.method} refuses {'x'.join(map(str, self.shape))}: {refusal}")
         return taken
 
-    def _require(self, what: str, y: Tensor, expected: Tensor, bound: float) -> float:
-        error = ((y - expected.float()).norm() / expected.float().norm()).item()
-        if not error <= bound:  # nan is wrong, too
+    def _require(self, what: str, y: Tensor, expected: Tensor, bound: float, checked: Tensor) -> float:
+        """The relative error of the checked tokens; RuntimeError where it is beyond its bound, or any output is not finite."""
+        error = ((y[checked].float() - expected.float()).norm() / expected.float().norm()).item()
+        if not (error <= bound and y.isfinite().all()):  # a nan is not within any bound
             shape = "x".join(map(str, self.shape))
             case = f"{self.method} is wrong at {shape}, {len(y)} tokens"
             raise RuntimeError(f"{case}: relative error {error} against {what}, bound {bound}")
@@ -130,12 +144,18 @@ def replayed_us(launches: list[Callable[[], Any]], replays: int) -> Tensor:
     """Time of a launch when a CUDA graph replays these in turn: [replays] float64 microseconds."""
     stream = _capture_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.stream(stream):
         for launch in launches[:_LEAST_COPIES]:  # libraries choose and allocate now: a capture may not
             launch()
-    torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda._sleep(_QUEUE_CYCLES)
+        before.record()
+        launches[0]()
+        after.record()
+    torch.cuda.synchronize()
+    enough = math.ceil(_LEAST_REPLAY_US / (before.elapsed_time(after) * 1e3 or 1))
     graph = torch.cuda.CUDAGraph()
-    rounds = math.ceil(_LEAST_LAUNCHES / len(launches))
+    rounds = math.ceil(min(_LEAST_LAUNCHES, enough) / len(launches))
     with torch.cuda.graph(graph, stream=stream):
         for launch in launches * rounds:
             launch()
@@ -178,6 +198,7 @@ class _FlexQ:
         linear.weight = nn.Parameter(weight, requires_grad=False)
         self._layer = FlexQLinear.from_linear(linear, precision=precision, backend=backend)
         self.stored = self._layer.prepare()[1]
+        self._packed = (*self._layer.canonical(), self._layer.weight_exponent)  # from what the kernel reads
 
     def products(self, x: Tensor) -> list[Product]:
         exponent = self._layer.weight_exponent
@@ -191,10 +212,8 @@ class _FlexQ:
         return ops.w6ax_linear_repacked(x, chunks, exponent, None, self._bits, self._backend)
 
     def definition(self, x: Tensor) -> Tensor:
-        layer = self._layer
-        packed = (*layer.canonical(), layer.weight_exponent)
-        bits = layer.precision.weight_bits
-        return ops.w6ax_linear(x, *packed, None, bits, self._bits, layer.group_size, "reference")
+        bits, group_size = self._layer.precision.weight_bits, self._layer.group_size
+        return ops.w6ax_linear(x, *self._packed, None, bits, self._bits, group_size, "reference")
 
 
 class _Floating:
@@ -266,6 +285,8 @@ class _TorchaoInt8:
         self.stored_bytes = weight.numel()  # the tensor says it is bfloat16
 
     def products(self, x: Tensor) -> list[Product]:
+        if len(x) > COMPILED_TOKENS:
+            raise Skipped(f"torchao's weight-only INT8 is meant for few tokens; up to {COMPILED_TOKENS} are timed")
         x = x.bfloat16()
         torch.compiler.reset()  # after eight shapes of one function torch would compile no more, and not say so
         product = torch.compile(F.linear, dynamic=False)

@@ -13,7 +13,7 @@ from flexq_core.workbook import paths
 from flexq_core.workbook.execute import DEMO, NotebookError, execute, execute_all, reproduction
 from flexq_core.workbook.records import (
     RecordError,
-    is_current,
+    current,
     load_records,
     load_reference,
     read_jsonl,
@@ -97,8 +97,8 @@ def _reference(options: argparse.Namespace) -> int:
     for file in sorted((paths.outputs() / "records").glob("*.jsonl")):
         kept = [
             record
-            for record in read_jsonl(file)
-            if is_current(record) and not Path(record.model).is_absolute() and not _DETAIL.match(record.metric)
+            for record in current(read_jsonl(file))
+            if not Path(record.model).is_absolute() and not _DETAIL.match(record.metric)
         ]
         if kept:
             copy = paths.REFERENCE / paths.model_label(options.machine) / "records" / file.name

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import subprocess
 from datetime import UTC, datetime
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from flexq_core.workbook import paths
@@ -47,6 +49,25 @@ def processor_name() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def card_label(name: str) -> str:
+    """A GPU's short name, as its folder's: `NVIDIA H100 80GB HBM3` is h100, `NVIDIA GeForce RTX 4090` rtx-4090."""
+    words = [word for word in re.split(r"[\s-]+", name.lower()) if word not in ("nvidia", "tesla", "geforce")]
+    number = next((index for index, word in enumerate(words) if re.search(r"\d", word)), len(words))
+    return "-".join(words[: number + 1])
+
+
+def outputs_of(folder: str, device: str) -> Path:
+    """An outputs folder, relative to the repository; `{card}` in it stands for the device's short name.
+
+    Raises ValueError for `{card}` on a processor.
+    """
+    if "{card}" in folder:
+        if not device.startswith("cuda"):
+            raise ValueError(f"{folder} is named after a GPU, and torch finds none here")
+        folder = folder.replace("{card}", card_label(provenance(device)["device"]))
+    return paths.ROOT / folder
 
 
 def _git(*arguments: str) -> str | None:

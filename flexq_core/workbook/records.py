@@ -11,6 +11,7 @@ either the old records or the new ones.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -65,6 +66,11 @@ class Record:
     device: str
     driver: str | None
     time: str
+
+    @functools.cached_property
+    def line(self) -> str:
+        """As JSON, made once: a study of a thousand cases writes the first one's records a thousand times."""
+        return json.dumps({name: getattr(self, name) for name in self.__dataclass_fields__}, sort_keys=True)
 
 
 @dataclass
@@ -126,7 +132,7 @@ class Records:
 
     def _facts(self, model: str, method: str, parameters: Mapping[str, Any], seed: int) -> dict[str, Any]:
         inputs = {"study": self.study, "model": model, "method": method, "parameters": dict(parameters), "seed": seed}
-        key = _key(inputs)
+        key = _key(inputs, source_digest(self.study))
         self._seen.add(key)
         return {**inputs, "key": key, **provenance(self.device)}
 
@@ -158,16 +164,20 @@ class Records:
             ) from error
 
 
-def is_current(record: Record) -> bool:
-    """Whether this source would compute the record: nothing that decides its value has changed since."""
-    return record.key == _key({name: getattr(record, name) for name in _INPUTS})
+def current(records: Iterable[Record]) -> list[Record]:
+    """Those that this source would compute: nothing that decides their values has changed since."""
+    source = functools.cache(source_digest)  # to read it all takes longer than a record
+    return [
+        record
+        for record in records
+        if record.key == _key({name: getattr(record, name) for name in _INPUTS}, source(record.study))
+    ]
 
 
 _INPUTS = ("study", "model", "method", "parameters", "seed")
 
 
-def _key(inputs: Mapping[str, Any]) -> str:
-    source = source_digest(inputs["study"])
+def _key(inputs: Mapping[str, Any], source: str) -> str:
     try:
         canonical = json.dumps({**inputs, "source": source}, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -208,7 +218,7 @@ def read_jsonl(path: Path) -> list[Record]:
 def write_jsonl(path: Path, records: Iterable[Record]) -> None:
     """Write records in place of a file's, whole or not at all."""
     records = list(records)
-    write_atomically(path, "".join(json.dumps(vars(record), sort_keys=True) + "\n" for record in records))
+    write_atomically(path, "".join(record.line + "\n" for record in records))
     _parsed[path] = _state(path), records
 
 

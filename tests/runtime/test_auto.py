@@ -1,4 +1,4 @@
-"""`auto` on a GPU: wgmma from the number of tokens measured for the nearest layer of this card."""
+"""`auto` on a GPU: wgmma from the number of tokens measured for the nearest layer of this card, or of the one most like it."""
 
 import json
 
@@ -9,6 +9,7 @@ from flexq_core.runtime import auto
 ROWS = [
     {"card": "A", "outputs": 4096, "features": 4096, "wgmma_from": None},
     {"card": "A", "outputs": 28672, "features": 8192, "wgmma_from": 33},
+    {"card": "A 80GB", "outputs": 4096, "features": 4096, "wgmma_from": 7},
 ]
 
 
@@ -27,11 +28,21 @@ def rows(tmp_path, monkeypatch):
         (("A", 4096, 4096), auto.UNDECIDED_FROM),
         (("A", 5120, 3000), auto.UNDECIDED_FROM),
         (("A", 20000, 9000), 33),
-        (("B", 4096, 4096), auto.UNMEASURED_FROM),
+        (("A 80GB", 28672, 8192), 7),
+        (("80GB B", 28672, 8192), 7),
+        (("A B", 28672, 8192), 33),
+        (("C", 28672, 8192), 33),
     ],
 )
 def test_the_nearest_layer_of_the_card_decides(rows, layer, tokens):
     assert auto.wgmma_from(*layer) == tokens
+    card, *shape = layer
+    assert [auto.choice(card, count, *shape) for count in (tokens - 1, tokens)] == ["imma", "wgmma"]
+
+
+def test_without_a_table_wgmma_is_taken_beyond_64_tokens(rows):
+    auto.PATH.write_text("[]")
+    assert auto.wgmma_from("A", 4096, 4096) == auto.UNMEASURED_FROM == 65
 
 
 def test_the_repositorys_table_can_be_read():

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from flexq_core.runtime import build
 
@@ -282,6 +284,25 @@ def test_a_failure_is_remembered_and_not_tried_again(fresh, monkeypatch):
             build.cpu_kernel()
     assert len(tries) == 1
     assert build.cpu_kernel_available() == (False, "compiling the kernel failed: so it goes")
+
+
+def test_kernels_of_several_widths_are_built_together_where_they_are_missing(fresh, monkeypatch, tmp_path):
+    built = []
+
+    def kernel(capability, weight_bits):
+        built.append((capability, weight_bits))
+        if weight_bits == 3:
+            raise build.BuildError("no room")
+
+    monkeypatch.setattr(build, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
+    monkeypatch.setattr(build, "_bit_plane_kernel", kernel)
+    monkeypatch.setattr(build, "_place", lambda name, *_: tmp_path / name)
+    monkeypatch.setattr(build.torch.cuda, "get_device_capability", lambda device: (9, 0))
+    (tmp_path / "flexq_bmma_w4").mkdir()
+    build.build_bit_plane_kernels(torch.device("cuda"), (2, 3, 4))
+    assert sorted(built) == [((9, 0), 2), ((9, 0), 3)]  # and what failed is said by who asks for it
+    build.build_bit_plane_kernels(torch.device("cuda"), (2, 4))
+    assert len(built) == 2  # one alone is built by who asks for it
 
 
 def test_importing_the_package_compiles_nothing(tmp_path):

@@ -358,6 +358,15 @@ def test_the_command_line_measures_keeps_records_and_names_what_is_wrong(tmp_pat
     assert command.main([*arguments, "--outputs", str(tmp_path)]) == 0
     assert {record.method for record in read_jsonl(tmp_path / "records" / "04_e2e.jsonl")} == {"fp32", "w6a6"}
     assert "tpot_ms" in capsys.readouterr().out
+    kept = read_jsonl(tmp_path / "records" / "04_e2e.jsonl")
+    other = ["demo-opt" if argument == "demo-llama" else argument for argument in arguments]
+    assert command.main([*other, "--outputs", str(tmp_path)]) == 0
+    both = read_jsonl(tmp_path / "records" / "04_e2e.jsonl")
+    assert both[: len(kept)] == kept and {record.model for record in both} == {"demo-llama", "demo-opt"}
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        command.main([*arguments, "--outputs", "outputs/{card}"])
+    assert "outputs/{card} is named after a GPU, and torch finds none here" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.main(["--model", "demo-llama", "--repeats", "0"])
     assert "repeats is 0; accepted: 1 or more" in capsys.readouterr().err
@@ -604,6 +613,74 @@ def test_a_model_too_small_for_weights_to_matter_tells_no_speed():
     table["linear_weights_mib"] /= 10
     assert verdicts(table) == [True, True, None, None]
     assert "32 MiB of linear weights are too few to matter" in claims(table)[2][2]
+
+
+def on_a_gpu(**changes) -> pd.DataFrame:
+    """A whole model's table on a GPU, in which the ratios of LLaMA-13B are just reached; changes: as for `synthetic`."""
+    steps = {"fp16": 8.0, "w8a8": 5.32, "fp8": 4.8, "flexq": 4.0}
+    sizes = {"fp16": 2280.0, "w8a8": 1240.0, "fp8": 1240.0, "flexq": 1000.0}
+    rows = [
+        {"method": method, "backend": "imma", "output_tokens": 128, "ttft_ms": 20.0, "tpot_ms": steps[method]}
+        | {"weights_mib": sizes[method] * 0.9, "kv_cache_mib": sizes[method] * 0.1, "preemptions_per_token": 0.0}
+        | {"linear_weights_mib": sizes[method] * 0.8, **(changes.get(method) or {})}
+        for method in steps
+        if changes.get(method, {}) is not None
+    ]
+    return pd.DataFrame(rows)
+
+
+RATIOS = [
+    "llama-13b: FlexQ decodes a token at least 2.0 times as fast as FP16",
+    "llama-13b: FlexQ decodes a token at least 1.33 times as fast as W8A8, torch",
+    "llama-13b: FlexQ decodes a token at least 1.2 times as fast as FP8, torch",
+    "llama-13b: FlexQ's weights and cache take at most 1 / 2.28 of FP16's",
+    "llama-13b: FlexQ's weights and cache take at most 1 / 1.24 of W8A8, torch's",
+    "llama-13b: FlexQ's first token takes no longer than FP16's",
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [True] * 6),
+        ({"flexq": {"tpot_ms": 4.01}}, [False] * 3 + [True] * 3),
+        ({"w8a8": {"tpot_ms": 5.31}}, [True, False] + [True] * 4),
+        ({"flexq": {"kv_cache_mib": 101.0}}, [True] * 3 + [False, False, True]),
+        ({"flexq": {"ttft_ms": 20.1}}, [True] * 5 + [False]),
+        ({"fp16": None}, [None, True, True, None, True, None]),
+        ({"w8a8": None}, [True, None, True, True, None, True]),
+        ({"fp8": None}, [True, True, None, True, True, True]),
+        ({"fp16": {"tpot_ms": float("nan")}}, [None] + [True] * 5),
+    ],
+    ids=str,
+)
+def test_of_a_whole_paper_model_on_a_gpu_ratios_are_claimed(changes, expected):
+    found = claims(on_a_gpu(**changes), "llama-13b")[-6:]
+    assert [text for text, _, _ in found] == RATIOS
+    assert [holds for _, holds, _ in found] == expected
+    assert all((holds is None) == detail.endswith("was not measured here") for _, holds, detail in found)
+
+
+def test_other_models_on_a_gpu_have_their_own_claims():
+    told = {model: [text for text, _, _ in claims(on_a_gpu(), model)[2:]] for model in ("llama-7b", "llama-2-7b", "")}
+    assert told["llama-7b"] == [
+        "llama-7b: FlexQ decodes a token at least 1.9 times as fast as FP16",
+        "llama-7b: FlexQ's first token takes no longer than FP16's",
+    ]
+    assert told["llama-2-7b"] == told[""] and len(told[""]) == 3 and "faster than FP16" in told[""][0]
+    assert claims(on_a_gpu(), "llama-13b")[3][2] == "4 and 5.32 ms a token, 1.33 ×"
+
+
+def test_ratios_are_claimed_of_one_sequence_of_a_whole_model_on_one_gpu(run):
+    study = EndToEndStudy(run, **SMALL)
+    assert study.whole_on_gpu == ""
+    study.on_gpu = True
+    study.batch_size = 1
+    assert study.whole_on_gpu == "demo-llama"
+    for name in ("layers", "batch_size"):
+        setattr(study, name, 2)
+        assert study.whole_on_gpu == ""
+        setattr(study, name, int(name == "batch_size"))
 
 
 def test_half_precision_counts_as_half():

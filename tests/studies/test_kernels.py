@@ -12,8 +12,8 @@ from flexq_core.sources import paper
 from flexq_core.studies import kernels, kernels_combinations, kernels_compared, kernels_gpu
 from flexq_core.studies.kernels import KernelStudy, claims, limits_us, read_shapes
 from flexq_core.studies.kernels_compared import speedups
+from flexq_core.workbook.gpu_tables import kernel_table, kernel_times
 from flexq_core.workbook.records import Measurement, Records, Skipped, load_records, read_jsonl
-from flexq_core.workbook.report import kernel_table
 from flexq_core.workbook.run import Run
 from tests.runs import run_of
 
@@ -324,6 +324,7 @@ def card(monkeypatch):
     monkeypatch.setattr(kernels_gpu.FlexQLinear, "prepare", prepare)
     monkeypatch.setattr(kernels_gpu.cuda, "quantize_activation", lambda x, bits, backend: x)
     monkeypatch.setattr(kernels_gpu.cuda, "linear", linear)
+    monkeypatch.setattr(kernels_gpu.cuda, "build_ahead", lambda bits, device: None)
     monkeypatch.setattr(
         kernels_gpu.ops,
         "w6ax_linear_repacked",
@@ -444,25 +445,77 @@ def verdicts(table, card="NVIDIA H200"):
     return [holds for _, holds, _ in claims(table, card)]
 
 
-def test_claims_of_an_h200_are_means_over_shapes_and_the_bandwidth_of_the_largest():
-    found = claims(gpu_times(**H200), "NVIDIA H200")
-    assert [holds for _, holds, _ in found] == [True] * 5
+@pytest.mark.parametrize("card", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
+def test_claims_of_hopper_are_means_over_shapes_and_the_bandwidth_of_the_largest(card):
+    found = claims(gpu_times(**H200), card)
+    assert [holds for _, holds, _ in found] == [True] * 7
+    assert all(text.endswith(f" on {card}") for text, _, _ in found[1:])
     assert found[1][2].startswith("1.43× over 20 shapes and 1, 4, 8 tokens; 1.3") and "quantisation" in found[1][2]
     assert found[4][2].startswith("least 95.2%, ") and found[4][2].endswith("; 8 cases")
-    assert verdicts(gpu_times(**H200 | {"imma": 1.3})) == [True, False, False, False, False]
-    assert verdicts(gpu_times(**H200).assign(definition_error=1e-3)) == [False, True, True, True, True]
+    assert verdicts(gpu_times(**H200 | {"imma": 1.3})) == [True, False, False, False, False, True, True]
+    assert verdicts(gpu_times(**H200).assign(definition_error=1e-3)) == [False] + [True] * 6
 
 
 def test_other_cards_and_shapes_have_numbers_and_no_verdict():
     found = claims(gpu_times(**H200), "NVIDIA A100")
-    assert [holds for _, holds, _ in found] == [True] + [None] * 4
-    assert all("claimed of an H200, this is NVIDIA A100" in detail for _, _, detail in found[1:])
+    assert [holds for _, holds, _ in found] == [True] + [None] * 6
+    assert all("claimed of an H100 or H200, this is NVIDIA A100" in detail for _, _, detail in found[1:])
     assert found[1][2].startswith("1.43×")
     other = claims(gpu_times(shapes=[(64, 128)], **H200), "NVIDIA H200")
-    assert [holds for _, holds, _ in other] == [True] + [None] * 4
+    assert [holds for _, holds, _ in other] == [True] + [None] * 6
     assert other[1][2].endswith("others were timed") and other[4][2] == "these shapes were not timed here"
     missing = claims(gpu_times(imma=1.05), "NVIDIA H200")
     assert missing[1][1:] == (None, "cuBLASLt FP8 or FlexQ was not timed with 1, 4 or 8 tokens here")
+
+
+def test_a_library_that_is_faster_with_more_rows_is_told_with_its_fewest_too():
+    table = gpu_times(**H200)
+    padded = table["method"] == "cublas-int8"
+    detail = claims(table.assign(fewest_rows_us=(1.5 * table["gemm_us"]).where(padded)), "NVIDIA H200")[3][2]
+    assert detail.startswith("1.90× over 20 shapes") and "; 2.86× over its fewest rows" in detail
+    assert "fewest" not in claims(table, "NVIDIA H200")[3][2]
+
+
+def swept(changes, tokens=(1, 64, 128, 1024)):
+    """A table of one shape in which `auto` takes imma up to 64 tokens, then wgmma.  changes: (method, tokens) → µs."""
+    times = {"imma": (10, 11, 30, 200), "wgmma": (12, 12, 12, 60), "torch-fp16": (20, 20, 22, 80)}
+    rows = [
+        {"method": method, "outputs": 28672, "features": 8192, "tokens": count, "error": 1e-3}
+        | dict.fromkeys(("gemm_us", "median_us"), float(changes.get((method, count), us)))
+        for method, mine in times.items()
+        for count, us in zip(tokens, mine, strict=True)
+    ]
+    return pd.DataFrame(rows).assign(bandwidth_share=1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "holds", "fp16", "larger"),
+    [
+        ({}, (True, True), "0.75 of its time, 28672 × 8192, 1024 tokens, wgmma; 4 cases of 1 to 1024", "0.92 of"),
+        ({("wgmma", 1): 500, ("imma", 1024): 1}, (True, True), "0.75 of", "0.92 of"),  # auto takes the others there
+        ({("wgmma", 1024): 81}, (True, True), "1.01 of its time, 28672 × 8192, 1024 tokens, wgmma", "0.92 of"),
+        ({("wgmma", 1024): 82}, (False, True), "1.02 of its time, 28672 × 8192, 1024 tokens, wgmma", "0.92 of"),
+        ({("imma", 64): 12.2}, (True, True), "0.75 of", "1.02 of its time, 28672 × 8192, 64 tokens, imma; 3 cases"),
+        ({("imma", 64): 13}, (True, False), "0.75 of", "1.08 of its time, 28672 × 8192, 64 tokens, imma; 3 cases"),
+        ({("imma", 1): 61}, (False, False), "3.05 of its time, 28672 × 8192, 1 tokens, imma", "5.55 of"),
+    ],
+)
+def test_a_cliff_is_a_number_of_tokens_that_takes_longer_than_fp16_or_than_a_larger_one(
+    monkeypatch, changes, holds, fp16, larger
+):
+    monkeypatch.setattr(kernels.auto, "wgmma_from", lambda *_: 65)
+    found = claims(swept(changes), "NVIDIA H100 80GB HBM3")[-2:]
+    assert tuple(verdict for _, verdict, _ in found) == holds
+    assert found[0][2].startswith(f"at worst {fp16}") and found[1][2].startswith(f"at worst {larger}")
+
+
+def test_without_its_kernel_fp16_or_a_second_number_of_tokens_no_cliff_can_be_told(monkeypatch):
+    monkeypatch.setattr(kernels.auto, "wgmma_from", lambda *_: 65)
+    table = swept({})
+    for lacking in (table["method"] != "torch-fp16", table["tokens"] == 1, ~table["method"].isin(kernels.auto.CHOICES)):
+        found = claims(table[lacking], "NVIDIA H200")[-2:]
+        assert None in [holds for _, holds, _ in found]
+        assert all(detail == "there is nothing to compare here" for _, holds, detail in found if holds is None)
 
 
 def test_on_a_gpu_a_cases_backend_is_the_faster_of_those_that_auto_chooses_from():
@@ -552,10 +605,13 @@ def test_the_command_line_keeps_a_gpus_records_and_makes_the_table_from_them(car
     ]
     assert kernels.main([*arguments, "--repeats", "7"]) == 0
     told = capsys.readouterr().out
-    assert "NVIDIA H200, weights cold" in told and "cannot tell" in told and "cuBLAS FP16" in told
+    assert "NVIDIA H200, 6-bit activations, weights cold" in told and "cannot tell" in told and "cuBLAS FP16" in told
     first = read_jsonl(tmp_path / "h200" / "records" / "03_kernels.jsonl")
-    assert kernels.main([*arguments, "--repeats", "7"]) == 0
-    assert read_jsonl(tmp_path / "h200" / "records" / "03_kernels.jsonl") == first
+    again = [argument.replace("h200", "{card}") for argument in arguments]
+    assert kernels.main([*again, "--repeats", "7", "--activation-bits", "6", "8"]) == 0
+    both = read_jsonl(tmp_path / "h200" / "records" / "03_kernels.jsonl")
+    assert both[: len(first)] == first
+    assert {(r.method, r.parameters["activation_bits"]) for r in both[len(first) :]} == {("imma", 8), ("wgmma", 8)}
     monkeypatch.setattr("flexq_core.workbook.records.source_digest", lambda study: "other source")
     assert kernels.main([*arguments, "--repeats", "9"]) == 0
     kept = read_jsonl(tmp_path / "h200" / "records" / "03_kernels.jsonl")
@@ -578,7 +634,7 @@ def test_combinations_of_bits_are_timed_once_on_the_largest_shape_and_kept_apart
     limits = table[table["tokens"] == 1].set_index("combination")["byte_limit_us"]
     size = 96 * 384 * (2 + 16 / 128) / 8 + 2 * (96 + 384)
     assert math.isclose(limits["W2A2"], size / 4200e9 * 1e6) and limits["W2A2"] < limits["W3A8"] < limits["W6A6"]
-    assert kernels.gpu_kernel_times(load_records(gpu_run.records.folder)).empty
+    assert kernel_times(load_records(gpu_run.records.folder)).empty
     figure = kernels_combinations.plot_combinations(table)
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["W2A2", "W3A8", "W6A6", "W8A8"]
     assert figure.axes[0].get_ylabel() == "time (µs)"
@@ -601,10 +657,12 @@ def test_combinations_are_skipped_once_without_a_gpu(run):
     assert kernels_combinations.read_combinations("none") == ()
 
 
-def test_a_graph_launches_every_copy_in_turn_and_times_are_a_launchs(monkeypatch):
+@pytest.mark.parametrize(("launch_ms", "rounds"), [(0.01, 6), (0.1, 3), (5.4, 1)])
+def test_a_graph_launches_every_copy_in_turn_and_times_are_a_launchs(monkeypatch, launch_ms, rounds):
     order, replays = [], []
     fake = {name: mock.MagicMock() for name in ("current_stream", "stream", "graph", "_sleep", "synchronize", "Event")}
-    fake["Event"].return_value.elapsed_time.return_value = 0.54  # ms
+    graph_ms = launch_ms * rounds * 9
+    fake["Event"].return_value.elapsed_time.side_effect = [launch_ms, *[graph_ms] * 7]
     fake["CUDAGraph"] = lambda: mock.Mock(replay=lambda: replays.append(len(order)))
     for name, value in fake.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -612,9 +670,33 @@ def test_a_graph_launches_every_copy_in_turn_and_times_are_a_launchs(monkeypatch
     monkeypatch.setattr(kernels_gpu, "_capture_stream", lambda device: mock.Mock())
     monkeypatch.setattr(kernels_gpu, "_WARM_UP_S", 0.0)
     times = kernels_gpu.replayed_us([lambda index=index: order.append(index) for index in range(9)], 7)
-    assert order == [0, 1, 2] + [*range(9)] * 6  # untimed, then what was captured
+    assert order == [0, 1, 2, 0] + [*range(9)] * rounds  # to see how long one takes, then what was captured
     assert len(replays) == 7 and set(replays) == {len(order)}
-    assert torch.allclose(times, torch.full((7,), 10.0, dtype=torch.float64))
+    assert torch.allclose(times, torch.full((7,), 1e3 * launch_ms, dtype=torch.float64))
+
+
+def test_of_many_tokens_some_of_every_tile_are_checked(gpu_run, monkeypatch):
+    tokens = 3 * kernels_gpu.CHECKED_TOKENS
+    study = KernelStudy(gpu_run, **GPU | {"methods": "imma", "shapes": "64x256", "tokens": str(tokens)})
+    assert study.table()["error"][0] > 0
+    right = kernels_gpu.cuda.linear
+    for first, factor, text in ((tokens - 8, 1.1, "relative error 0.0"), (1, math.inf, "wrong at 64x256")):
+
+        def wrong(*operands, first=first, factor=factor):
+            y = right(*operands)
+            y[first : first + 8 if factor < 2 else first + 1] *= factor
+            return y
+
+        monkeypatch.setattr(kernels_gpu.cuda, "linear", wrong)
+        with pytest.raises(RuntimeError, match=text):
+            kernels_gpu.GpuLayers((64, 256), "imma", 6, "cuda", 0).measure(torch.randn(tokens, 256), 5, 0.06)
+
+
+def test_int8_weights_of_torchao_are_compiled_for_few_tokens_only():
+    made = kernels_gpu._TorchaoInt8.__new__(kernels_gpu._TorchaoInt8)
+    assert len(made.products(torch.zeros(kernels_gpu.COMPILED_TOKENS, 128))) == 1
+    with pytest.raises(Skipped, match="meant for few tokens; up to 8 are timed"):
+        made.products(torch.zeros(kernels_gpu.COMPILED_TOKENS + 1, 128))
 
 
 @pytest.mark.gpu

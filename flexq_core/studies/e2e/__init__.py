@@ -39,8 +39,7 @@ from flexq_core.runtime.convert import quantize_model, read_plan, replace_linear
 from flexq_core.runtime.fuse import fuse_
 from flexq_core.sources import paper
 from flexq_core.sources.models import LoadedModel, load_model, locate_model, random_model
-from flexq_core.studies.e2e import linears
-from flexq_core.studies.e2e.compared import claims, plot_latency, plot_memory, plot_step
+from flexq_core.studies.e2e import linears, processes
 from flexq_core.studies.e2e.decode import COMPILE_MODES, Engine, cache_bytes, total_ms
 from flexq_core.studies.e2e.linears import (
     DynamicInt8Linear,
@@ -51,6 +50,8 @@ from flexq_core.studies.e2e.linears import (
     model_bytes,
 )
 from flexq_core.studies.e2e.steps import STEPS, parts_ms, step_bytes
+from flexq_core.studies.e2e_claims import claims
+from flexq_core.studies.e2e_compared import plot_latency, plot_memory, plot_step
 from flexq_core.studies.kernels import KernelStudy
 from flexq_core.studies.parameters import counts, names, one_of, require_at_least
 from flexq_core.workbook.machine import preemptions, provenance
@@ -280,6 +281,12 @@ class EndToEndStudy:
         """The paper's rows for this model, as `paper.end_to_end()`; none for a demo model or one with fewer blocks."""
         rows = paper.end_to_end()
         return rows[(rows["model"] == self.loaded.name) & (self.layers == 0)]
+
+    @property
+    def whole_on_gpu(self) -> str:
+        """The model's name where all of it decodes one sequence on one GPU, of which ratios are claimed; else empty."""
+        whole = self.on_gpu and not self.layers and self.batch_size == processes.count() == 1
+        return self.loaded.name if whole else ""
 
     def _inputs(self, method: str, backend: str) -> dict[str, Any]:
         """Everything that decides a case's numbers, the machine among it, as plain values."""

@@ -13,8 +13,8 @@ from flexq_core.runtime import ops
 from flexq_core.studies.e2e import ATTENTIONS, METHODS, WEIGHTS, EndToEndStudy, claims, plot_step, processes
 from flexq_core.studies.e2e.decode import COMPILE_MODES
 from flexq_core.studies.e2e.parallel import ParallelStudy
-from flexq_core.workbook.paths import ROOT
-from flexq_core.workbook.records import Records, is_current, read_jsonl, write_jsonl
+from flexq_core.workbook.machine import outputs_of
+from flexq_core.workbook.records import Records, current, read_jsonl, write_jsonl
 from flexq_core.workbook.run import Run
 
 STUDY = "04_e2e"
@@ -46,15 +46,20 @@ def _measure(arguments: list[str] | None, device: str) -> int:
     parser.add_argument(
         "--outputs",
         metavar="FOLDER",
-        help="keep records in FOLDER/records and a figure of the step, and measure none again (default: none)",
+        help="keep records in FOLDER/records and a figure of the step, and measure none again; {card} is the GPU's short name "
+        "(default: none)",
     )
     options = vars(parser.parse_args(arguments))
     folder = options.pop("outputs")
     options["methods"] = ",".join(options["methods"])
     options["output_tokens"] = ",".join(map(str, options["output_tokens"]))
     alone = processes.count() == 1
+    try:
+        kept = outputs_of(folder, device) if folder else None
+    except ValueError as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as temporary:
-        place = ROOT / folder if folder else Path(temporary)
+        place = kept or Path(temporary)
         records = (Records if alone else processes.SharedRecords)(STUDY, place, device)
         run = Run(STUDY, options, device, place, records)
         try:
@@ -64,13 +69,13 @@ def _measure(arguments: list[str] | None, device: str) -> int:
         table = study.table()
         if folder and processes.is_first():
             path = run.records.path
-            write_jsonl(path, [record for record in read_jsonl(path) if is_current(record)])
+            write_jsonl(path, current(read_jsonl(path)))
             if step := plot_step(table, study.loaded.name):
                 run.figure(
                     step, "step", caption=f"A decode step by method, {study.loaded.name}, batch {study.batch_size}"
                 )
     print(table.T.to_string(float_format=lambda value: f"{value:.4g}"))
-    for claim, holds, detail in claims(table):
+    for claim, holds, detail in claims(table, study.whole_on_gpu):
         print(f"{ {True: 'holds', False: 'FAILS', None: 'cannot tell'}[holds]:<12}{claim} ({detail})")
     return 0
 

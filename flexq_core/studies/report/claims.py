@@ -19,6 +19,7 @@ from flexq_core.studies.report.evidence import (
     DATASETS,
     HEADLINES,
     QUANTITIES,
+    Ratios,
     divergence_by_kind,
     divergences_text,
     end_to_end_ratios,
@@ -87,6 +88,11 @@ def _settle(cases: Mapping[str, bool | None], numbers: Iterable[str], lacking: s
         return Verdict(REPRODUCED, told, len(known))
     so_far = f"; {len(known)} of {len(cases)} cases are on record and hold: {told}" if known else ""
     return Verdict(NOT_MEASURED, lacking + so_far, len(known))
+
+
+def _on(card: str, told: list[str]) -> list[str]:
+    """What is told of a card, under its name."""
+    return [f"{card}: {told[0]}", *told[1:]] if told else []
 
 
 def _increase_claim(printed: Any) -> Claim:
@@ -167,14 +173,14 @@ def _kernel_reason(records: pd.DataFrame, rival: str, bits: tuple[int, ...] = (6
 
 def _shape_claim(shape: tuple[int, int], rows: pd.DataFrame) -> Claim:
     def judge(records: pd.DataFrame, tolerance: Tolerance) -> Verdict:
-        ours = kernel_ratios(records, "INT8")
+        card, ours = kernel_ratios(records, "INT8")
         cases, told = {}, []
         for row in rows.itertuples():
             ratio = ours.get((*shape, row.tokens))
             cases[f"batch {row.tokens}"] = None if ratio is None else ratio >= (1 - tolerance.share) * row.flexq
             if ratio is not None:
                 told.append(f"batch {row.tokens}: {ratio:.2f}× against {row.flexq:.2f}×")
-        return _settle(cases, told, _kernel_reason(records, "INT8", (int(rows["activation_bits"].iloc[0]),)))
+        return _settle(cases, _on(card, told), _kernel_reason(records, "INT8", (int(rows["activation_bits"].iloc[0]),)))
 
     paper_says = ", ".join(f"{value:.2f}×" for value in rows["flexq"])
     first = rows.iloc[0]
@@ -183,12 +189,12 @@ def _shape_claim(shape: tuple[int, int], rows: pd.DataFrame) -> Claim:
 
 
 def _mean_claim(
-    text: str, where: str, stated: float, cells: list, ours: Callable[[pd.DataFrame], dict], lacking: Callable | str
+    text: str, where: str, stated: float, cells: list, ours: Callable[[pd.DataFrame], Ratios], lacking: Callable | str
 ) -> Claim:
-    """A claim about a mean, which needs every one of `cells`.  ours: records → {cell: ratio}."""
+    """A claim about a mean, which needs every one of `cells`.  ours: records → Ratios by cell."""
 
     def judge(records: pd.DataFrame, tolerance: Tolerance) -> Verdict:
-        measured = ours(records)
+        card, measured = ours(records)
         known = [measured[cell] for cell in cells if cell in measured]
         if len(known) < len(cells):
             partly = f"; {len(known)} of its {len(cells)} cases are on record" if known else ""
@@ -197,7 +203,8 @@ def _mean_claim(
             )
         mean = sum(known) / len(known)
         status = REPRODUCED if mean >= (1 - tolerance.share) * stated else NOT_REPRODUCED
-        return Verdict(status, f"{mean:.2f}× against {stated:.2f}×, tolerance {tolerance.share:.0%}", len(known))
+        told = f"{mean:.2f}× against {stated:.2f}×, tolerance {tolerance.share:.0%}, {card}"
+        return Verdict(status, told, len(known))
 
     return Claim(text, where, judge)
 
@@ -233,14 +240,14 @@ def _end_to_end_claim(model: str, method: str, rival: str, quantity: str) -> Cla
     stated = rows[quantity].mean()
 
     def judge(records: pd.DataFrame, tolerance: Tolerance) -> Verdict:
-        ours = end_to_end_ratios(records, quantity, rival)
+        card, ours = end_to_end_ratios(records, quantity, rival)
         cases, told = {}, []
         for row in rows.itertuples():
             ratio, printed = ours.get((model, row.output_tokens)), getattr(row, quantity)
             cases[str(row.output_tokens)] = None if ratio is None else bool(ratio >= (1 - tolerance.share) * printed)
             if ratio is not None:
                 told.append(f"{row.output_tokens} tokens: {ratio:.2f}× against {printed:.2f}×")
-        return _settle(cases, told, _not_timed(model))
+        return _settle(cases, _on(card, told), _not_timed(model))
 
     text = f"{model}: FlexQ is {stated:.2f}× {QUANTITIES[quantity][1]} {rival}, the mean of four output lengths"
     return Claim(text, END_TO_END_FIGURE, judge)

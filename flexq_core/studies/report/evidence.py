@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -153,17 +153,30 @@ def _on_gpu(row: Mapping[str, Any]) -> bool:
     return pd.notna(row["driver"]) or str(row["parameters"].get("device", "")).startswith("cuda")
 
 
-def kernel_ratios(records: pd.DataFrame, rival: str) -> dict[tuple[int, int, int], float]:
-    """The rival's time over FlexQ's on a GPU, products alone, with the kernel figure's activations: (N, K, tokens) → ratio."""
+class Ratios(NamedTuple):
+    """What one GPU bears out.  card: its name, empty without records.  of: case → ratio."""
+
+    card: str
+    of: dict[tuple, float]
+
+
+def _of_one_card(table: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+    """The GPU with the most rows, of several such the one measured last, and its rows: those of two make no mean."""
+    counts = table[table["on_gpu"].astype(bool)].groupby("device", sort=False).size()
+    card = "" if counts.empty else counts[::-1].idxmax()
+    return card, table[(table["device"] == card) & table["on_gpu"].astype(bool)]
+
+
+def kernel_ratios(records: pd.DataFrame, rival: str) -> Ratios:
+    """The rival's time over FlexQ's on one GPU, products alone, with the kernel figure's bits: (N, K, tokens) → ratio."""
     bits = {(r.outputs, r.features): r.activation_bits for r in paper.kernel_speedups().itertuples()}
     best: dict[tuple[int, int, int], float] = {}
-    table = ratios(records, "03_kernels", "gemm_us", rival)
-    for row in table[table["on_gpu"]].itertuples():
-        p = row.parameters
+    card, table = _of_one_card(ratios(records, "03_kernels", "gemm_us", rival))
+    for p, ratio in zip(table["parameters"], table["ratio"], strict=True):
         case = (p.get("outputs"), p.get("features"), p.get("tokens"))
-        if p.get("activation_bits") == bits.get(case[:2]):
-            best[case] = max(best.get(case, 0.0), row.ratio)
-    return best
+        if p.get("activation_bits") == bits.get(case[:2]) and p.get("weight_bits", 6) == 6:
+            best[case] = max(best.get(case, 0.0), ratio)
+    return Ratios(card, best)
 
 
 def paper_kernel_ratios() -> pd.DataFrame:
@@ -181,21 +194,22 @@ QUANTITIES = {"latency": ("total_s/", "as fast as"), "memory": ("memory_mib/", "
 """What is compared end to end → the beginning of its metric's name, and how a claim says it."""
 
 
-def end_to_end_ratios(records: pd.DataFrame, quantity: str, rival: str) -> dict[tuple[str, int], float]:
-    """The rival's latency or peak memory over FlexQ's on a GPU, one sequence at a time: (model, output tokens) → ratio.
+def end_to_end_ratios(records: pd.DataFrame, quantity: str, rival: str) -> Ratios:
+    """The rival's latency or memory over FlexQ's on one GPU, one sequence at a time: (model, output tokens) → ratio.
 
     Latency is the time of the whole output. Memory is the weights and the KV cache after it, which is what the paper's bars
     grow by; both are counted from tensors.
     """
     if quantity == "memory":
         records = _memory(records)
-    table = ratios(records, "04_e2e", QUANTITIES[quantity][0], rival)
+    card, table = _of_one_card(ratios(records, "04_e2e", QUANTITIES[quantity][0], rival))
     lengths = table["metric"].str.extract(r"/(\d+)$")[0] if len(table) else []
-    return {
+    found = {
         (row.model, int(length)): row.ratio
         for row, length in zip(table.itertuples(), lengths, strict=True)
-        if row.on_gpu and pd.notna(length) and row.parameters.get("batch_size", row.parameters.get("batch", 1)) == 1
+        if pd.notna(length) and row.parameters.get("batch_size", row.parameters.get("batch", 1)) == 1
     }
+    return Ratios(card, found)
 
 
 def paper_end_to_end_ratios() -> pd.DataFrame:

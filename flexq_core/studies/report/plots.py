@@ -60,7 +60,7 @@ def plot_perplexity(records: pd.DataFrame) -> Figure:
 
 def plot_kernels(records: pd.DataFrame) -> Figure:
     """The paper's speed-up over INT8 cuBLAS by shape and batch, ABQ-LLM beside it, ours as stars where measured."""
-    table, ours = paper_kernel_ratios(), kernel_ratios(records, "INT8")
+    table, ours = paper_kernel_ratios(), kernel_ratios(records, "INT8").of
     shapes = paper.kernel_shapes()[::-1]
     model_of = {(r.outputs, r.features): r.model for r in table.itertuples()}
     figure, axes = plt.subplots(1, 3, figsize=(figures.FULL_PAGE[0], 5.2), sharey=True, sharex=True)
@@ -92,7 +92,7 @@ def plot_end_to_end(records: pd.DataFrame) -> Figure:
     shades = dict(zip(lengths, ("#b3cde3", "#6baed6", figures.MAIN, "#08306b"), strict=True))
     figure, axes = plt.subplots(1, 2, figsize=figures.FULL_PAGE)
     for axis, quantity in zip(axes, QUANTITIES, strict=True):
-        ours = end_to_end_ratios(records, quantity, "W8A8")
+        ours = end_to_end_ratios(records, quantity, "W8A8").of
         for offset, tokens in enumerate(lengths):
             rows = table[table["output_tokens"] == tokens].set_index("model")[quantity]
             places = [models.index(model) + 0.2 * (offset - 1.5) for model in rows.index]

@@ -42,6 +42,7 @@ def time_kernels(record):
         for row in paper_kernel_ratios().itertuples():
             if cases is None or (row.outputs, row.features, row.tokens) in cases:
                 shape = {"outputs": row.outputs, "features": row.features, "tokens": row.tokens, "threads": 2}
+                shape["device"] = machine["device"]
                 model, time = f"{row.outputs}x{row.features}", "gemm_us"
                 record("03_kernels", model, rival, {time: 100.0 * (speedup or row.flexq)}, machine, **shape)
                 shape["activation_bits"] = row.activation_bits

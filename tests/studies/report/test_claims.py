@@ -89,6 +89,23 @@ def test_the_mean_over_abq_needs_its_four_shapes(time_kernels, speedup, status):
     assert verdict("ABQ-LLM's on LLaMA-2-70B").verdict == status
 
 
+def test_two_cards_make_no_mean_the_one_with_more_cases_is_judged_and_named(time_kernels):
+    time_kernels(speedup=1.2, machine=GPU | {"device": "first"})
+    time_kernels(speedup=9.0, cases={(4096, 4096, 1)}, machine=GPU | {"device": "second"})
+    found = verdict("4096 × 4096 (llama-7b")
+    assert found.verdict == NOT_REPRODUCED and found.detail.startswith("first: batch 1: 1.20× against")
+    assert verdict("at batch 1, the mean of 20 shapes").detail.endswith(", first")
+    time_kernels(speedup=9.0, machine=GPU | {"device": "second"})
+    assert verdict("4096 × 4096 (llama-7b").detail.startswith("second: batch 1: 9.00×")
+
+
+def test_other_widths_of_weights_are_not_flexqs_six(time_kernels, record):
+    time_kernels(speedup=1.2, cases={(8192, 28672, 1)})
+    shape = {"outputs": 8192, "features": 28672, "tokens": 1, "threads": 2, "weight_bits": 2, "activation_bits": 8}
+    record("03_kernels", "8192x28672", "bmma", {"gemm_us": 1.0}, GPU, **shape)
+    assert "batch 1: 1.20× against" in verdict("8192 × 28672 (llama-2-70b, W6A8)").detail
+
+
 def test_a_processor_bears_out_no_claim_about_a_gpu(time_kernels):
     time_kernels(speedup=9.0, machine=CPU)
     found = verdict("4096 × 4096 (llama-7b")

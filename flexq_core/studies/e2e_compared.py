@@ -1,4 +1,4 @@
-"""End to end compared: figures, and what the study claims of its table."""
+"""End to end compared: figures of latency, memory and a decode step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from flexq_core.workbook import figures
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INT8 = ("w8a16", "w8a8")
-_TITLES = {
+TITLES = {
     "fp16": "FP16",
     "fp32": "FP32",
     "bf16": "BF16",
@@ -128,7 +127,7 @@ def plot_step(table: pd.DataFrame, model: str) -> Figure | None:
 
 
 def _titles_and_colours(rows: pd.DataFrame, *, paper: bool = False) -> tuple[list[str], list[str]]:
-    titles = [_TITLES.get(method, method) for method in rows["method"]]
+    titles = [TITLES.get(method, method) for method in rows["method"]]
     if paper:  # its INT8 is not torch's
         titles = [title.removesuffix(", torch") for title in titles]
     return titles, [_colour(method) for method in rows["method"]]
@@ -142,67 +141,3 @@ def _finish(axis: Axes, bars: Any, totals: pd.Series, title: str, label: str, ma
     axis.set(xlabel=label, title=title, xlim=(0, margin * totals.max()))
     axis.grid(False, axis="y")
     axis.locator_params(axis="x", nbins=4)
-
-
-AT_MOST_OF_INT8 = 0.85
-"""Share of INT8's bytes that FlexQ's linear weights may take: 0.77 for whole groups of 128, more where groups are padded."""
-AT_MOST_OVER_INT8 = 1.1
-"""How much longer than INT8 a decode step may take: both read fewer bytes than the rest of a step costs on a processor."""
-TELLING_MIB = 50
-"""Unquantised linear weights below this are read faster than a step's overhead passes: its time tells nothing of them."""
-
-AT_MOST_PREEMPTIONS = 1.0
-"""Preemptions a token above which a machine is too busy to tell: on a quiet one there are hardly any."""
-
-
-def claims(table: pd.DataFrame) -> list[tuple[str, bool | None, str]]:
-    """What this study claims, as (claim, whether the table bears it out, the numbers); None where it cannot tell.
-
-    table: of `EndToEndStudy.table`. Claims are about `flexq` where it was measured, else the first of FlexQ's other methods.
-    """
-    best = table.dropna(subset=["linear_weights_mib"]).drop_duplicates("method", keep="last").set_index("method")
-    ours = next(
-        (m for m in ("flexq", "w6a6", "w6a8", *best.index[best.index.str.startswith("plan:")]) if m in best.index), None
-    )
-    base = next((m for m in ("fp32", "fp16") if m in best.index), None)
-    int8 = [m for m in _INT8 if m in best.index]
-    if ours is None:
-        return [("FlexQ is measured", None, "methods name none of FlexQ's")]
-    name, mib = _TITLES.get(ours, ours), best["linear_weights_mib"]
-    found: list[tuple[str, bool | None, str]] = []
-    if base:
-        detail = f"{mib[ours]:.2f} of {mib[base]:.2f} MiB"
-        half = 0.5 if base == "fp16" else 0.25
-        text = f"{name}'s linear weights take less than {half:.0%} of the unquantised model's"
-        found.append((text, mib[ours] < half * mib[base], f"{detail}, {mib[ours] / mib[base]:.1%}"))
-    if int8:
-        least = mib[int8].min()
-        text = f"{name}'s linear weights take at most {AT_MOST_OF_INT8:.0%} of INT8's"
-        found.append((text, mib[ours] <= AT_MOST_OF_INT8 * least, f"{mib[ours]:.2f} of {least:.2f} MiB"))
-    for other in (base, *int8[-1:], *(["fp8"] if "fp8" in best.index else [])):
-        if other:
-            found.append(_speed_claim(best, ours, other, base))
-    return found
-
-
-def _speed_claim(best: pd.DataFrame, ours: str, other: str, base: str | None) -> tuple[str, bool | None, str]:
-    """How long a decode step takes beside the other method's; None where a step is not about weights, or the machine busy."""
-    name, other_name = _TITLES.get(ours, ours), _TITLES[other]
-    text = f"{name} decodes a token faster than {other_name}"
-    at_most = 1.0
-    if other in _INT8:
-        at_most = AT_MOST_OVER_INT8
-        text = f"{name} decodes a token in at most {at_most} of the time of {other_name}"
-    mine_ms, other_ms = best["tpot_ms"][ours], best["tpot_ms"][other]
-    if pd.isna(mine_ms) or pd.isna(other_ms):
-        return text, None, "outputs of one token have no decode step"
-    detail = f"{mine_ms:.2f} and {other_ms:.2f} ms a token, {other_ms / mine_ms:.2f} ×"
-    weights_mib = best["linear_weights_mib"].max()
-    if best["backend"][ours] in ("reference", "simulate"):
-        return text, None, f"{detail}; the {best['backend'][ours]} backend is no kernel"
-    if base is None or weights_mib < TELLING_MIB:
-        return text, None, f"{detail}; {weights_mib:.0f} MiB of linear weights are too few to matter"
-    preempted = best["preemptions_per_token"][[ours, other]].max()
-    if preempted > AT_MOST_PREEMPTIONS:
-        return text, None, f"{detail}; the machine is busy with other work: {preempted:.1f} preemptions a token"
-    return text, bool(mine_ms < at_most * other_ms), detail

@@ -1,0 +1,123 @@
+"""What the end-to-end study claims of its table: sizes, and ratios of time and memory.
+
+No time depends on this file: thresholds can change and what is on record stays.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from flexq_core.studies.e2e_compared import TITLES
+
+_UNQUANTISED = ("fp32", "fp16")
+_INT8 = ("w8a8", "w8a16")
+AT_MOST_OF_INT8 = 0.85
+"""Share of INT8's bytes that FlexQ's linear weights may take: 0.77 for whole groups of 128, more where groups are padded."""
+AT_MOST_OVER_INT8 = 1.1
+"""How much longer than INT8 a decode step may take: both read fewer bytes than the rest of a step costs on a processor."""
+TELLING_MIB = 50
+"""Unquantised linear weights below this are read faster than a step's overhead passes: its time tells nothing of them."""
+
+AT_MOST_PREEMPTIONS = 1.0
+"""Preemptions a token above which a machine is too busy to tell: on a quiet one there are hardly any."""
+
+AT_LEAST_AS_FAST = {
+    "llama-13b": {"fp16": 2.0, "w8a8": 1.33, "fp8": 1.2},
+    **{model: {"fp16": 1.9} for model in ("llama-7b", "llama-30b", "opt-30b")},
+}
+"""Model on a GPU → method → how many times as long as FlexQ it takes for a token."""
+AT_LEAST_AS_SMALL = {"llama-13b": {"fp16": 2.28, "w8a8": 1.24}}
+"""Model on a GPU → method → how many times as much memory as FlexQ its weights and cache take."""
+
+
+def claims(table: pd.DataFrame, model: str = "") -> list[tuple[str, bool | None, str]]:
+    """What this study claims, as (claim, whether the table bears it out, the numbers); None where it cannot tell.
+
+    table: of `EndToEndStudy.table`. Claims are about `flexq` where it was measured, else the first of FlexQ's other methods.
+    model: `EndToEndStudy.whole_on_gpu`; of a model of AT_LEAST_AS_FAST its ratios are claimed, of others that FlexQ is faster.
+    """
+    best = table.dropna(subset=["linear_weights_mib"]).drop_duplicates("method", keep="last").set_index("method")
+    ours = next(
+        (m for m in ("flexq", "w6a6", "w6a8", *best.index[best.index.str.startswith("plan:")]) if m in best.index), None
+    )
+    if ours is None:
+        return [("FlexQ is measured", None, "methods name none of FlexQ's")]
+    if model in AT_LEAST_AS_FAST:
+        return [*_weight_claims(best, ours), *_ratio_claims(best, ours, model)]
+    base, *others = (next((m for m in among if m in best.index), None) for among in (_UNQUANTISED, _INT8, ["fp8"]))
+    speeds = [_speed_claim(best, ours, other, base) for other in (base, *others) if other]
+    return [*_weight_claims(best, ours), *speeds]
+
+
+def _weight_claims(best: pd.DataFrame, ours: str) -> list[tuple[str, bool | None, str]]:
+    """What FlexQ's linear weights take beside the unquantised model's and INT8's, where they were measured."""
+    name, mib = TITLES.get(ours, ours), best["linear_weights_mib"]
+    base = next((m for m in _UNQUANTISED if m in best.index), None)
+    int8 = [m for m in _INT8 if m in best.index]
+    found: list[tuple[str, bool | None, str]] = []
+    if base:
+        detail = f"{mib[ours]:.2f} of {mib[base]:.2f} MiB"
+        half = 0.5 if base == "fp16" else 0.25
+        text = f"{name}'s linear weights take less than {half:.0%} of the unquantised model's"
+        found.append((text, bool(mib[ours] < half * mib[base]), f"{detail}, {mib[ours] / mib[base]:.1%}"))
+    if int8:
+        least = mib[int8].min()
+        text = f"{name}'s linear weights take at most {AT_MOST_OF_INT8:.0%} of INT8's"
+        found.append((text, bool(mib[ours] <= AT_MOST_OF_INT8 * least), f"{mib[ours]:.2f} of {least:.2f} MiB"))
+    return found
+
+
+def _ratio_claims(best: pd.DataFrame, ours: str, model: str) -> list[tuple[str, bool | None, str]]:
+    """How many times as long, and as much memory, the others take as FlexQ."""
+    name = TITLES.get(ours, ours)
+    memory = best["weights_mib"] + best["kv_cache_mib"]
+    quantities = [
+        (
+            best["tpot_ms"],
+            "ms a token",
+            AT_LEAST_AS_FAST[model],
+            f"{name} decodes a token at least {{0}} times as fast as {{1}}",
+        ),
+        (
+            memory,
+            "MiB",
+            AT_LEAST_AS_SMALL.get(model, {}),
+            f"{name}'s weights and cache take at most 1 / {{0}} of {{1}}'s",
+        ),
+        (best["ttft_ms"], "ms", {"fp16": 1}, f"{name}'s first token takes no longer than {{1}}'s"),
+    ]
+    found: list[tuple[str, bool | None, str]] = []
+    for values, unit, ratios, text in quantities:
+        for other, least in ratios.items():
+            claim = f"{model}: {text.format(least, TITLES[other])}"
+            mine, theirs = values[ours], values.get(other, float("nan"))
+            if pd.isna(mine) or pd.isna(theirs):
+                found.append((claim, None, f"{TITLES[other]} was not measured here"))
+            else:
+                found.append(
+                    (claim, bool(theirs / mine >= least), f"{mine:.4g} and {theirs:.4g} {unit}, {theirs / mine:.2f} ×")
+                )
+    return found
+
+
+def _speed_claim(best: pd.DataFrame, ours: str, other: str, base: str | None) -> tuple[str, bool | None, str]:
+    """How long a decode step takes beside the other method's; None where a step is not about weights, or the machine busy."""
+    name, other_name = TITLES.get(ours, ours), TITLES[other]
+    text = f"{name} decodes a token faster than {other_name}"
+    at_most = 1.0
+    if other in _INT8:
+        at_most = AT_MOST_OVER_INT8
+        text = f"{name} decodes a token in at most {at_most} of the time of {other_name}"
+    mine_ms, other_ms = best["tpot_ms"][ours], best["tpot_ms"][other]
+    if pd.isna(mine_ms) or pd.isna(other_ms):
+        return text, None, "outputs of one token have no decode step"
+    detail = f"{mine_ms:.2f} and {other_ms:.2f} ms a token, {other_ms / mine_ms:.2f} ×"
+    weights_mib = best["linear_weights_mib"].max()
+    if best["backend"][ours] in ("reference", "simulate"):
+        return text, None, f"{detail}; the {best['backend'][ours]} backend is no kernel"
+    if base is None or weights_mib < TELLING_MIB:
+        return text, None, f"{detail}; {weights_mib:.0f} MiB of linear weights are too few to matter"
+    preempted = best["preemptions_per_token"][[ours, other]].max()
+    if preempted > AT_MOST_PREEMPTIONS:
+        return text, None, f"{detail}; the machine is busy with other work: {preempted:.1f} preemptions a token"
+    return text, bool(mine_ms < at_most * other_ms), detail

@@ -1,0 +1,165 @@
+"""What the kernel study claims of a table of times: which errors are right, and how fast FlexQ is beside the libraries.
+
+No time depends on this file: thresholds can change and what is on record stays.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from flexq_core.runtime import auto, ops
+from flexq_core.sources import paper
+from flexq_core.studies import kernels_gpu
+from flexq_core.studies.kernels_compared import bandwidth_reached, mean_speedups, title
+
+ERROR_BOUNDS = {
+    "torch-fp32": 1e-5,
+    "torch-fp16": 1e-2,
+    "torch-bf16": 2e-2,
+    "torch-int8": 5e-2,
+    "cublas-int8": 5e-2,
+    "cublaslt-fp8": 6e-2,
+    "torchao-int8wo": 5e-2,
+}
+FLEXQ_ERROR_BOUND = 6e-2
+"""Relative error against float32, ‖y - y32‖ / ‖y32‖. On normal numbers 6-bit groups of 128 come to 4%: a wrong one to 100%."""
+
+AT_MOST_OVER_INT8 = 1.1
+"""How much longer than torch's dynamic INT8 FlexQ's CPU kernel may take for one token, the geometric mean over shapes."""
+AT_MOST_PREEMPTIONS = 0.25
+"""Preemptions a call above which a machine is too busy to tell: on a quiet one there are hardly any."""
+HOPPER = ("H100", "H200")
+"""Cards of which speed is claimed, by a part of their names: what is claimed is relative to the same card's libraries."""
+AT_LEAST_ON_HOPPER = {"cublaslt-fp8": 1.25, "torch-fp16": 2.3, "cublas-int8": 1.6}
+"""Library → FlexQ's speed-up over it, products alone, the geometric mean over shapes and 1, 4 and 8 tokens."""
+LEAST_BANDWIDTH = 0.9
+"""Share of the measured bandwidth of copying that the product reaches on the largest shapes with up to 16 tokens."""
+NOISE = 0.02
+"""How much longer a product may take than what it is never to be slower than: so much do times vary from run to run."""
+
+
+def claims(table: pd.DataFrame, card: str = "") -> list[tuple[str, bool | None, str]]:
+    """What this study claims, as (claim, whether the table bears it out, the numbers); None where it cannot tell.
+
+    card: the GPU's name, where the table is of one.
+    """
+    measured = table.dropna(subset=["gemm_us" if card else "median_us"])
+    share = measured["error"] / [ERROR_BOUNDS.get(method, FLEXQ_ERROR_BOUND) for method in measured["method"]]
+    if "definition_error" in measured:
+        share = np.fmax(share, measured["definition_error"] / kernels_gpu.DEFINITION_BOUND)
+    text = "every method's product is right: its relative error against float32 is within its bound"
+    right: tuple[str, bool | None, str] = (text, None, "nothing could be measured here")
+    if len(measured):
+        worst = measured.loc[share.idxmax()]
+        right = (text, bool((share <= 1).all()), f"nearest to its bound: {worst['method']}, {worst['error']:.2%}")
+    return [right, *_gpu_claims(measured, card)] if card else [right, _speed_claim(measured)]
+
+
+def _gpu_claims(measured: pd.DataFrame, card: str) -> list[tuple[str, bool | None, str]]:
+    """What is claimed of HOPPER with the paper's shapes; other cards and shapes have their numbers told."""
+    known = any(name in card for name in HOPPER)
+    where = card if known else f"an {' or '.join(HOPPER)}"
+    lacking = "" if known else f"claimed of {where}, this is {card}"
+    shapes = set(measured[["outputs", "features"]].itertuples(index=False, name=None))
+    if not shapes <= set(paper.kernel_shapes()):
+        lacking = "claimed of the paper's shapes, others were timed"
+    found = [_speedup_claim(measured, baseline, least) for baseline, least in AT_LEAST_ON_HOPPER.items()]
+    found += [_bandwidth_claim(measured), *_cliff_claims(measured, card)]
+    told = [(f"{text} on {where}", holds, detail) for text, holds, detail in found]
+    if not lacking:
+        return told
+    return [(text, None, detail if holds is None else f"{detail}; {lacking}") for text, holds, detail in told]
+
+
+def _speedup_claim(measured: pd.DataFrame, baseline: str, least: float) -> tuple[str, bool | None, str]:
+    text = f"the mean over shapes and decode: FlexQ's product is at least {least} times as fast as {title(baseline)}'s"
+
+    def decode(table: pd.DataFrame) -> pd.DataFrame:
+        means = mean_speedups(table)
+        return means[(means["baseline"] == title(baseline)) & means["decode"]]
+
+    mean = decode(measured)
+    if mean.empty:
+        return text, None, f"{title(baseline)} or FlexQ was not timed with 1, 4 or 8 tokens here"
+    row = mean.iloc[0]
+    told = (
+        f"{row['product']:.2f}× over {row['shapes']} shapes and {row['tokens']} tokens; {row['layer']:.2f}× with activation "
+        "quantisation"
+    )
+    padded = measured.get("fewest_rows_us", pd.Series(math.nan, measured.index)).where(measured["method"] == baseline)
+    if padded.notna().any():
+        fewest = decode(measured.assign(gemm_us=padded.fillna(measured["gemm_us"]))).iloc[0]
+        told += f"; {fewest['product']:.2f}× over its fewest rows, where more are faster"
+    return text, bool(row["product"] >= least), told
+
+
+def _bandwidth_claim(measured: pd.DataFrame) -> tuple[str, bool | None, str]:
+    largest = sorted(paper.kernel_shapes(), key=math.prod)[-2:]
+    named = " and ".join(f"{outputs} × {features}" for outputs, features in largest)
+    text = f"at {named} FlexQ's product reaches {LEAST_BANDWIDTH:.0%} of the measured bandwidth with up to 16 tokens"
+    shares = [
+        (row.bandwidth_share, f"{row.outputs} × {row.features}, {tokens} tokens")
+        for tokens in sorted(count for count in measured["tokens"].unique() if count <= 16)
+        for row in bandwidth_reached(measured, tokens).itertuples()
+        if row.method in ops.BACKENDS and (row.outputs, row.features) in largest
+    ]
+    if not shares:
+        return text, None, "these shapes were not timed here"
+    least, where = min(shares)
+    return text, bool(least >= LEAST_BANDWIDTH), f"least {least:.1%}, {where}; {len(shares)} cases"
+
+
+def _cliff_claims(measured: pd.DataFrame, card: str) -> list[tuple[str, bool | None, str]]:
+    """That no number of tokens is a bad one for the kernel that `auto` takes for it."""
+    case = ["outputs", "features", "tokens"]
+    choices = [auto.choice(card, row.tokens, row.outputs, row.features) for row in measured.itertuples()]
+    taken = measured[measured["method"] == pd.Series(choices, measured.index, dtype=object)].sort_values(case)
+    fp16 = measured[measured["method"] == "torch-fp16"].set_index(case)["gemm_us"]
+    at_most = taken.groupby(case[:2])["gemm_us"].transform(lambda times: times[::-1].cummin()[::-1].shift(-1))
+    found = []
+    for other, most in (
+        (title("torch-fp16"), taken.join(fp16.rename("most"), on=case)["most"]),
+        ("itself with more tokens", at_most),
+    ):
+        text = (
+            f"no shape and number of tokens makes the kernel that auto takes more than {NOISE:.0%} slower than {other}"
+        )
+        over = (taken["gemm_us"] / most).dropna()
+        if over.empty:
+            found.append((text, None, "there is nothing to compare here"))
+            continue
+        worst, tokens = taken.loc[over.idxmax()], taken.loc[over.index, "tokens"]
+        told = (
+            f"at worst {over.max():.2f} of its time, {worst['outputs']} × {worst['features']}, {worst['tokens']} tokens, "
+            f"{worst['method']}; {len(over)} cases of {tokens.min()} to {tokens.max()} tokens"
+        )
+        found.append((text, bool(over.max() <= 1 + NOISE), told))
+    return found
+
+
+def _speed_claim(measured: pd.DataFrame) -> tuple[str, bool | None, str]:
+    text = (
+        "for 1 token FlexQ's CPU kernel takes no longer than torch's dynamic INT8 on its best engine "
+        f"(geometric mean over shapes at most {AT_MOST_OVER_INT8} of it)"
+    )
+    one = measured[measured["tokens"] == 1].pivot_table(
+        index=["outputs", "features"], columns="method", values="median_us", sort=False
+    )
+    if "torch-int8" not in one:
+        return text, None, "torch-int8 was not timed with 1 token here"
+    flexq = next((method for method in ("cpu", "reference") if method in one), None)
+    if flexq is None:
+        return text, None, "the CPU kernel was not timed with 1 token here"
+    used = measured[(measured["tokens"] == 1) & measured["method"].isin([flexq, "torch-int8"])]
+    ratio = float(np.exp(np.log(one[flexq] / one["torch-int8"]).mean()))
+    if flexq != "cpu":
+        return text, None, f"the CPU kernel was not timed; {flexq} takes {ratio:.2f} of torch-int8's time"
+    detail = f"{ratio:.2f} of torch-int8's time over {len(one)} shapes"
+    preempted = used["preemptions_per_call"].max()
+    if preempted > AT_MOST_PREEMPTIONS:
+        busy = f"other programs took the processors {preempted:.1f} times a call: time anew on a quiet machine"
+        return text, None, f"{detail}, but {busy}"
+    return text, ratio <= AT_MOST_OVER_INT8, detail

@@ -1,0 +1,123 @@
+"""What GPUs have been measured to do, as tables: kernels with few tokens and with many, and whole models.
+
+All are made alike: of records the newest of each case, a row a case with its metrics by name; then, a row a card and setting,
+how many times as long others take as FlexQ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+
+PREFILL_FROM = 128
+"""Tokens from which on they are a prompt's, and operations rather than bytes are what takes time."""
+
+_LIBRARIES = {"torch-fp16": "cuBLAS FP16", "cublaslt-fp8": "cuBLASLt FP8", "cublas-int8": "cuBLAS INT8"}
+_DECODE_TOLD = (
+    "How many times as fast FlexQ's product is as each library's, the geometric mean over shapes, weights cold, quantisation of\n"
+    "activations apart for all:"
+)
+_PREFILL_TOLD = (
+    "The same with as many tokens as a prompt has, and the operations a second of FlexQ's product on its slowest and its\n"
+    "fastest shape:"
+)
+_MODELS_TOLD = (
+    "Whole models, decoded greedily: the time to the first token (TTFT) and for each later one (TPOT), the least that a step's\n"
+    "bytes take at the card's measured bandwidth, the memory of all weights, and how many times as long FP16 takes for a token:"
+)
+
+
+def sections(records: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """(what it shows, a table of text) for each kind of table that there are records for."""
+    kernels = kernel_table(records)
+    decode = kernels.get("tokens", pd.Series(dtype=int)) < PREFILL_FROM
+    few, many, models = kernels[decode], kernels[~decode], model_table(records)
+    for told, table in (_DECODE_TOLD, few.drop(columns="TOP/s", errors="ignore")), (_PREFILL_TOLD, many):
+        if len(table):
+            yield told, table
+    if len(models):
+        yield _MODELS_TOLD, models
+
+
+def kernel_times(records: pd.DataFrame) -> pd.DataFrame:
+    """What 03_kernels has timed on GPUs, the newest of each case, one row each.
+
+    Columns: device, activation_bits (FlexQ's; NaN for libraries), outputs, features, tokens, method, and the metrics by name,
+    among them gemm_us, which only times of GPUs have.
+    """
+    mine = records[records["study"] == "03_kernels"]
+    layers = mine["parameters"].map(lambda p: "tokens" in p and "weight_bits" not in p)  # and no combinations of bits
+    absent = {"activation_bits": math.nan, "outputs": 0, "features": 0, "tokens": 0}
+    return _newest(mine[layers.astype(bool)], absent, ["gemm_us", "median_us"]).drop(columns="model")
+
+
+def kernel_table(records: pd.DataFrame) -> pd.DataFrame:
+    """FlexQ's speed-up on GPUs over each library, products alone, the geometric mean over shapes; empty without records.
+
+    A row a GPU, activation bits and tokens. Of the backends that `auto` chooses from, the faster layer counts.
+    """
+    from flexq_core.runtime import auto
+
+    times = kernel_times(records)
+    setting, shape = ["device", "activation_bits", "tokens"], ["outputs", "features"]
+    flexq = times[times["method"].isin(auto.CHOICES)].sort_values("median_us", kind="stable")
+    rows = []
+    for (device, bits, tokens), mine in flexq.drop_duplicates([*setting, *shape]).groupby(setting):
+        here = times[(times["device"] == device) & (times["tokens"] == tokens)]
+        rates = 2e-6 * tokens * mine["outputs"] * mine["features"] / mine["gemm_us"]
+        over = {
+            f"over {name}": _times_as_long(here[here["method"] == method], mine, shape, "gemm_us")
+            for method, name in _LIBRARIES.items()
+        }
+        shown = {"GPU": device, "activations": f"{bits:.0f} bits", "tokens": tokens, "shapes": len(mine)}
+        rows.append({**shown, **over, "TOP/s": f"{rates.min():.0f} to {rates.max():.0f}"})
+    return pd.DataFrame(rows)
+
+
+def model_table(records: pd.DataFrame) -> pd.DataFrame:
+    """What 04_e2e has timed of whole models, each on one GPU: a row a model, batch, prompt and method; empty without records."""
+    mine = records[records["study"] == "04_e2e"]
+    whole = mine["parameters"].map(
+        lambda p: "prompt_tokens" in p and not p.get("layers") and p.get("processes", 1) == 1
+    )
+    setting = ["device", "model", "batch_size", "prompt_tokens"]
+    of_gpus = mine[whole.astype(bool) & mine["driver"].notna()]
+    metrics = ["tpot_ms", "ttft_ms", "limit_ms", "weights_mib"]
+    times = _newest(of_gpus, {"batch_size": 1, "prompt_tokens": 0}, metrics)
+    rows = []
+    for (device, model, batch, prompt), table in times.groupby(setting):
+        fp16 = table[table["method"] == "fp16"]
+        for index, row in table.iterrows():
+            rows.append(
+                {"GPU": device, "model": model, "batch": batch, "prompt": prompt, "method": row["method"]}
+                | {"TTFT (ms)": f"{row['ttft_ms']:.1f}", "TPOT (ms)": f"{row['tpot_ms']:.2f}"}
+                | {"limit (ms)": f"{row['limit_ms']:.2f}", "weights (MiB)": f"{row['weights_mib']:.0f}"}
+                | {"over FP16": _times_as_long(fp16, table.loc[[index]], setting, "tpot_ms")}
+            )
+    return pd.DataFrame(rows)
+
+
+def _newest(rows: pd.DataFrame, parameters: Mapping[str, Any], metrics: list[str]) -> pd.DataFrame:
+    """A row a case, in the order in which they were first measured, with its newest metrics by name.
+
+    A case is a device, a model, a method and these parameters: name → what it is where a record has none.  metrics: columns
+    that there are in any case; cases without the first are left out.
+    """
+    cases: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in rows[rows["status"] == "ok"].sort_values("time", kind="stable").itertuples():
+        case = {"device": row.device, "model": row.model}
+        case |= {name: row.parameters.get(name, absent) for name, absent in parameters.items()} | {"method": row.method}
+        cases.setdefault(tuple(map(str, case.values())), case)[row.metric] = row.value
+    measured = [case for case in cases.values() if metrics[0] in case]
+    names = dict.fromkeys(["device", "model", *parameters, "method", *metrics])
+    return pd.DataFrame(measured, columns=list(names | dict.fromkeys(name for case in measured for name in case)))
+
+
+def _times_as_long(theirs: pd.DataFrame, mine: pd.DataFrame, on: list[str], metric: str) -> str:
+    """Their metric over mine, the geometric mean of the cases that both have, in writing."""
+    both = mine.merge(theirs, on=on)
+    logs = (both[f"{metric}_y"] / both[f"{metric}_x"]).map(math.log)
+    return f"{math.exp(logs.mean()):.2f}×" if len(logs) else "–"
