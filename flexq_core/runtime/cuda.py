@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from flexq_core.quant.spec import GROUP_SIZE, group_count, require_bits
+from flexq_core.quant.spec import GROUP_SIZE, WEIGHT_BITS, group_count, require_bits
 from flexq_core.runtime import auto, build
 
 ORDERS = {"imma": 0, "bmma": 1, "wgmma": 2}
@@ -74,10 +74,11 @@ def repack(weight: Tensor, weight_scale: Tensor, backend: str) -> Tensor:
 
     weight: [N, G * 16 * weight bits] uint8 on a GPU.  weight_scale: [N, G] float16.  backend: one of BACKENDS.
     Returns [ceil(N / 32), G, chunk_bytes(weight bits)] uint8: 6.125 bits a 6-bit weight, as before, but for the padding of N.
+    Raises TypeError or ValueError, before anything is launched, for weights and scales that do not fit each other or the backend.
     """
+    bits = _require_repackable(weight, weight_scale, backend)
     outputs, groups = weight_scale.shape
     kernels = _kernels(weight)
-    bits = weight.shape[1] * 8 // (groups * GROUP_SIZE)
     chunks = weight.new_empty(-(-outputs // CHUNK_ROWS), groups, chunk_bytes(bits))
     weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
     if chunks.numel():
@@ -87,6 +88,31 @@ def repack(weight: Tensor, weight_scale: Tensor, backend: str) -> Tensor:
                 weight.data_ptr(), weight_scale.data_ptr(), chunks.data_ptr(), outputs, groups, bits, order, stream
             )
     return chunks
+
+
+def _require_repackable(weight: Tensor, weight_scale: Tensor, backend: str) -> int:
+    """Bits of a weight, which the shapes of both tell."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; accepted for repacked weights: {', '.join(BACKENDS)}")
+    for name, tensor, dtype in (("weight", weight, torch.uint8), ("weight_scale", weight_scale, torch.float16)):
+        if tensor.dtype != dtype or tensor.dim() != 2:
+            raise TypeError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; accepted: {dtype} of 2 dimensions"
+            )
+    (outputs, row_bytes), (scale_rows, groups) = weight.shape, weight_scale.shape
+    accepted = WEIGHT_BITS if backend == "bmma" else (6,)
+    bits = next((bits for bits in accepted if row_bytes == groups * GROUP_SIZE * bits // 8), None)
+    if scale_rows != outputs or groups == 0 or bits is None:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, weight_scale {tuple(weight_scale.shape)}; accepted for {backend!r}: "
+            f"[N, G * 16 * bits] and [N, G] with weights of {', '.join(map(str, accepted))} bits; "
+            "a layer that holds repacked weights only gives them as `canonical()`"
+        )
+    if weight.device.type != "cuda" or weight_scale.device != weight.device:
+        raise ValueError(
+            f"weight is on {weight.device}, weight_scale on {weight_scale.device}; accepted: one CUDA device"
+        )
+    return bits
 
 
 def quantize_activation(x: Tensor, activation_bits: int, backend: str, out: Tensor | None = None) -> Tensor:

@@ -122,10 +122,11 @@ def test_integer_tensor_cores_take_activations_of_any_bits(backend, activation_b
 @pytest.mark.parametrize("backend", ["auto", "bmma"])
 def test_a_layer_of_other_bits_runs_on_bit_planes(backend):
     layer = FlexQLinear.from_linear(torch.nn.Linear(1030, 333), precision=LayerPrecision(3, 5), backend=backend).cuda()
+    packed = [tensor.clone() for tensor in layer.canonical()]  # before the layer holds them in another order only
     assert layer.prepare()[0] == "bmma"
     x = torch.randn(9, 1030, device="cuda")
     y = layer(x)
-    operands = (layer.weight, layer.weight_scale, layer.weight_exponent, layer.bias, 3, 5, 128)
+    operands = (*packed, layer.weight_exponent, layer.bias, 3, 5, 128)
     assert torch.equal(y, ops.w6ax_linear(x, *operands, backend))
     expected = ops.w6ax_linear(x, *operands, "reference")
     assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -323,6 +324,42 @@ def test_repacked_weights_are_read_back_bit_for_bit(backend, outputs, groups):
     assert torch.equal(found[0], packed) and torch.equal(found[1], scales)
 
 
+def packed_zeros(outputs, groups, bits=6, device="cpu"):
+    weight = torch.zeros(outputs, groups * 16 * bits, dtype=torch.uint8, device=device)
+    return weight, torch.zeros(outputs, groups, dtype=torch.float16, device=device)
+
+
+@pytest.mark.parametrize(
+    ("changes", "backend", "error", "text"),
+    [
+        ({}, "cpu", ValueError, "backend is 'cpu'; accepted for repacked weights: auto, imma, bmma, wgmma"),
+        (
+            {"weight": torch.zeros(96, 192)},
+            "imma",
+            TypeError,
+            r"weight is torch.float32 of shape \(96, 192\); accepted",
+        ),
+        ({"scale": torch.zeros(96, 2)}, "imma", TypeError, "weight_scale is torch.float32 .* accepted: torch.float16"),
+        (
+            {"scale": packed_zeros(95, 2)[1]},
+            "bmma",
+            ValueError,
+            r"weight has shape \(96, 192\), weight_scale \(95, 2\)",
+        ),
+        ({"scale": packed_zeros(96, 0)[1]}, "bmma", ValueError, r"weight_scale \(96, 0\); .* `canonical\(\)`"),
+        ({"weight": packed_zeros(96, 0)[0]}, "auto", ValueError, r"weight has shape \(96, 0\)"),
+        ({"weight": packed_zeros(96, 1, bits=9)[0]}, "bmma", ValueError, "with weights of 2, 3, 4, 5, 6, 7, 8 bits"),
+        ({"weight": packed_zeros(96, 2, bits=4)[0]}, "wgmma", ValueError, "for 'wgmma': .* with weights of 6 bits"),
+        ({}, "imma", ValueError, "weight is on cpu, weight_scale on cpu; accepted: one CUDA device"),
+    ],
+    ids=str,
+)
+def test_weights_and_scales_that_do_not_fit_each_other_are_not_repacked(changes, backend, error, text):
+    weight, scale = packed_zeros(96, 2)
+    with pytest.raises(error, match=text):
+        cuda.repack(changes.get("weight", weight), changes.get("scale", scale), backend)
+
+
 @gpu
 @both
 def test_a_gpu_holds_weights_once_and_the_state_dict_is_canonical(backend):
@@ -374,7 +411,7 @@ def test_what_does_not_fit_is_refused_before_a_launch():
         call(x=x.cpu())
     with pytest.raises(ValueError, match="activation bits is 9; accepted: 2, 3, 4, 5, 6, 7, 8"):
         call(bits=9)
-    planes = cuda.repack(torch.zeros(96, 128, dtype=torch.uint8, device="cuda"), layer.weight_scale, "bmma")
+    planes = cuda.repack(*packed_zeros(96, 2, bits=4, device="cuda"), "bmma")
     assert planes.shape == (3, 2, 2112)  # of 4 bits
     with pytest.raises(ValueError, match=r"chunks has shape \(3, 2, 2112\); accepted: \(3, 2, 3136\)"):
         call(chunks=planes)
