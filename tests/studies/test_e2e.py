@@ -179,16 +179,18 @@ def test_int8_layers_compute_the_product(bias, batch):
         assert (y - expected).norm() < 0.03 * expected.norm()
 
 
-def test_a_gpus_int8_layer_computes_the_product_of_its_codes_exactly():
+@pytest.mark.parametrize("tokens", [1, 8, 17, 20])
+def test_a_gpus_int8_layer_computes_the_product_of_its_codes_exactly(tokens):
     torch.manual_seed(0)
     linear = nn.Linear(48, 80).requires_grad_(False)
     linear.weight[3] = 0  # a row without a scale
-    x = torch.randn(2, 3, 48)
     layer = linears.Int8Linear(linear)
-    codes, scales = linears._int8_rows(x.reshape(6, 48), torch.float32)
+    layer(torch.randn(11, 48))  # what earlier tokens left is not seen
+    x = torch.randn(1, tokens, 48)
+    codes, scales = linears._int8_rows(x.view(-1, 48), torch.float32)
     sums = codes.double() @ layer.weight.double().T
     expected = sums * scales.double()[:, None] * layer.weight_scale.double() + linear.bias.double()
-    assert torch.allclose(layer(x).double().view(6, 80), expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(layer(x).double().view(-1, 80), expected, rtol=1e-5, atol=1e-6)
     assert (layer(x) - linear(x)).norm() < 0.03 * linear(x).norm()
 
 
@@ -206,18 +208,19 @@ def test_casting_leaves_the_original_and_the_rotary_frequencies_alone():
     assert {b.dtype for b in cast.buffers()} == {torch.float32}
 
 
-def test_fp8_layers_compute_the_product_of_their_codes():
+@pytest.mark.parametrize("tokens", [1, linears._FEW_TOKENS, linears._FEW_TOKENS + 1])
+def test_fp8_layers_compute_the_product_of_their_codes(tokens):
     torch.manual_seed(0)
     linear = nn.Linear(48, 80).requires_grad_(False)
     linear.weight[3] = 0  # a row without a scale
-    x = torch.randn(2, 3, 48)
+    x = torch.randn(1, tokens, 48)
     layer = linears.Fp8Linear(linear)
     assert layer.weight.dtype == torch.float8_e4m3fn and layer.weight_bytes() == 48 * 80 + 4 * 80
     weight = layer.weight.double() * layer.weight_scale.double()[:, None]
-    codes, scales = linears._fp8_rows(x.view(6, 48))
+    codes, scales = linears._fp8_rows(x.view(-1, 48))
     expected = codes.double() * scales.double()[:, None] @ weight.T
     try:
-        found = layer(x).double().view(6, 80) - linear.bias.double()
+        found = layer(x).double().view(-1, 80) - linear.bias.double()
     except RuntimeError as error:
         pytest.skip(f"this torch multiplies no FP8 rows on a processor: {error}")
     assert (found - expected).abs().max() <= 2**-7 * expected.abs().max()  # the product comes in bfloat16
@@ -225,7 +228,7 @@ def test_fp8_layers_compute_the_product_of_their_codes():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 7, 40])
+@pytest.mark.parametrize("tokens", [1, 7, 40, 100])
 def test_on_a_gpu_eight_bit_layers_compute_the_product(tokens):
     torch.manual_seed(0)
     linear = nn.Linear(256, 384, dtype=torch.bfloat16, device="cuda").requires_grad_(False)

@@ -17,7 +17,7 @@ import torch._inductor
 from torch import Tensor, nn
 
 COMPILE_MODES = ("none", "default", "max-autotune-no-cudagraphs")
-"""How the decode step is compiled: not at all, or in this mode of torch.compile."""
+"""How the decode step is compiled: not at all, or in this mode of torch.compile. Only the last tunes matrix products."""
 
 _AS_EAGER = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
 """Settings of Inductor under which fused operations round between them as separate ones do, and divide exactly.

@@ -1,7 +1,7 @@
 """The linear layers that FlexQ is compared with end to end, as torch computes them, and the bytes that models take.
 
 Each takes an nn.Linear and leaves it alone. On a GPU all are written for torch.compile, which makes one kernel of quantising
-activations and one of a product and its scaling.
+activations with the norm before them, and scales a product in the kernel that reads it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from flexq_core.studies.e2e.processes import local_part
 from flexq_core.workbook.records import Skipped
 
 _INT8_ENGINES = ("onednn", "x86", "fbgemm")
-_INT_MM_ROWS = 32  # torch._int_mm wants more than 16 on a GPU
+_INT_MM_ROWS = 17
+"""That `torch._int_mm` wants at least on a GPU; in 03_kernels 32 are slower in nearly every shape."""
+
+_FEW_TOKENS = 64
+"""Up to which FP8 scales are applied to the product and not in it."""
 
 
 class _EightBitLinear(nn.Module):
@@ -60,17 +64,23 @@ class Int8WeightLinear(_EightBitLinear):
 class Int8Linear(_EightBitLinear):
     """W8A8 on a GPU: a scale an output channel and a token, exact integer sums by `torch._int_mm` (cuBLAS).
 
-    Buffers: weight [N, K] int8, weight_scale [N] float32. K and N are multiples of 8.
+    It takes no fewer than 17 rows. So that none is copied or cleared, codes of fewer tokens are written into rows that the
+    layer keeps, by the kernel that quantises; what the others hold is multiplied and left.
+    Buffers: weight [N, K] int8, weight_scale [N] float32, rows [17, K] int8. K and N are multiples of 8.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear, *_int8_rows(linear.weight.data, torch.float32))
+        self.register_buffer("rows", self.weight.new_zeros(_INT_MM_ROWS, self.weight.shape[1]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N] in x's dtype."""
         codes, scales = _int8_rows(x.reshape(-1, x.shape[-1]), torch.float32)
-        padding = max(0, _INT_MM_ROWS - len(codes))
-        sums = torch._int_mm(F.pad(codes, (0, 0, 0, padding)), self.weight.T)[: len(codes)]
+        tokens = len(codes)
+        if tokens < _INT_MM_ROWS:
+            self.rows[:tokens].copy_(codes)
+            codes = self.rows
+        sums = torch._int_mm(codes, self.weight.T)[:tokens]
         y = (sums * scales[:, None] * self.weight_scale).to(x.dtype)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
@@ -78,17 +88,27 @@ class Int8Linear(_EightBitLinear):
 class Fp8Linear(_EightBitLinear):
     """W8A8 in FP8 (e4m3) on a GPU: a scale an output channel and a token, through `torch._scaled_mm`.
 
-    Its product comes out in bfloat16. Buffers: weight [N, K] float8_e4m3fn, weight_scale [N] float32.
+    Given those scales, `_scaled_mm` takes CUTLASS kernels, which are made for many tokens; given one scale, cuBLASLt's, which
+    are some 1.4 times as fast at few. Few tokens' codes are therefore multiplied as they are, and the scales applied to the
+    product, which torch.compile fuses with what reads it. The product comes out in bfloat16, whose range is float32's; it is
+    rounded before the scales as well as after them.
+    Buffers: weight [N, K] float8_e4m3fn, weight_scale [N] float32, one [] float32. K and N are multiples of 16.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear, *_fp8_rows(linear.weight.data))
+        self.register_buffer("one", self.weight_scale.new_ones(()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N] in x's dtype."""
         codes, scales = _fp8_rows(x.reshape(-1, x.shape[-1]))
         options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
-        y = torch._scaled_mm(codes, self.weight.T, scales[:, None], self.weight_scale[None, :], **options).to(x.dtype)
+        if len(codes) <= _FEW_TOKENS:
+            product = torch._scaled_mm(codes, self.weight.T, self.one, self.one, **options)
+            y = product * scales[:, None] * self.weight_scale
+        else:
+            y = torch._scaled_mm(codes, self.weight.T, scales[:, None], self.weight_scale[None, :], **options)
+        y = y.to(x.dtype)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
 
