@@ -43,9 +43,10 @@ from flexq_core.sources import data
 from flexq_core.sources import tasks as zero_shot
 from flexq_core.sources.models import LoadedModel, load_model, locate_model
 from flexq_core.sources.outliers import inject_outliers, require_strength
-from flexq_core.studies import accuracy_scales, baselines
+from flexq_core.studies import accuracy_kernels, accuracy_scales, baselines
 from flexq_core.studies.parameters import names, require_at_least
 from flexq_core.workbook import figures
+from flexq_core.workbook.machine import provenance
 from flexq_core.workbook.records import Measurement, Skipped
 
 if TYPE_CHECKING:
@@ -274,7 +275,7 @@ class AccuracyStudy:
                         yield accuracy_scales.with_scales(method, scales), self.backends[-1]
 
     def measure(self, method: str, backend: str) -> dict[str, float]:
-        """Perplexity, zero-shot accuracy and weight size of one case: metric → value; computed unless on record.
+        """Perplexity, zero-shot accuracy, weight size and kernels of one case: metric → value; computed unless on record.
 
         What cannot be had layer by layer is left out, and `skipped` says why.
         """
@@ -302,7 +303,19 @@ class AccuracyStudy:
                 parameters=self._inputs(method, backend) | {"task": task, "task_limit": self.task_limit},
                 compute=lambda task=task: self._score_task(quantised(), task),
             )
+        if self._has_kernels(method, backend):
+            batch = {"batch_size": self.batch_size, "device": provenance(self.run.device)["device"]}
+            records |= once(
+                **shared,
+                parameters=self._inputs(method, backend) | self._text_inputs() | batch,
+                compute=lambda: accuracy_kernels.agreement(quantised(), self.rows[: self.batch_size]),
+            )
         return {m: record.reason if m == "skipped" else record.value for m, record in records.items()}
+
+    def _has_kernels(self, method: str, backend: str) -> bool:
+        """Whether it is told on which kernels a case ran and how far they are from `simulate`; it wants the whole model."""
+        kernels = backend not in ("torch", accuracy_kernels.SIMULATED) and not self.layer_by_layer
+        return kernels and accuracy_scales.of_method(method)[1] == SCALES[0]
 
     def _answers_tasks(self, method: str, backend: str) -> bool:
         """Whether zero-shot tasks are asked: they take long, so where a method has several cases only of one."""
@@ -522,7 +535,7 @@ def claims(table: pd.DataFrame, *, outliers: float) -> list[tuple[str, bool, str
         if len(group) > 1:
             apart = 100 * (group["perplexity"].max() / group["perplexity"].min() - 1)
             text = f"{method}: {' and '.join(group['backend'])} agree to {AGREEMENT_PERCENT}%"
-            found.append((text, apart <= AGREEMENT_PERCENT, f"{apart:.4f}%"))
+            found.append((text, apart <= AGREEMENT_PERCENT, f"{apart:.4f}%{accuracy_kernels.told(group)}"))
     accuracy = f"accuracy/{zero_shot.CONTINUATION}"
     if accuracy in table and not outliers:
         scores = table.dropna(subset=[accuracy]).set_index("method")[accuracy]
