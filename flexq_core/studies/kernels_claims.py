@@ -33,7 +33,7 @@ AT_MOST_PREEMPTIONS = 0.25
 """Preemptions a call above which a machine is too busy to tell: on a quiet one there are hardly any."""
 HOPPER = ("H100", "H200")
 """Cards of which speed is claimed, by a part of their names: what is claimed is relative to the same card's libraries."""
-AT_LEAST_ON_HOPPER = {"cublaslt-fp8": 1.25, "torch-fp16": 2.3, "cublas-int8": 1.6}
+AT_LEAST_ON_HOPPER = {"cublaslt-fp8": 1.25, "torch-fp16": 2.3, "cublas-int8": 1.5}
 """Library → FlexQ's speed-up over it, products alone, the geometric mean over shapes and 1, 4 and 8 tokens."""
 LEAST_BANDWIDTH = 0.9
 """Share of the measured bandwidth of copying that the product reaches on the largest shapes with up to 16 tokens."""

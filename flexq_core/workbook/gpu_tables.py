@@ -15,10 +15,13 @@ import pandas as pd
 PREFILL_FROM = 128
 """Tokens from which on they are a prompt's, and operations rather than bytes are what takes time."""
 
+_SHOWN = "6 bits"
+"""Of activations: 8 take the same time but for bit planes, and would be as many rows again."""
+
 _LIBRARIES = {"torch-fp16": "cuBLAS FP16", "cublaslt-fp8": "cuBLASLt FP8", "cublas-int8": "cuBLAS INT8"}
 _DECODE_TOLD = (
-    "How many times as fast FlexQ's product is as each library's, the geometric mean over shapes, weights cold, quantisation of\n"
-    "activations apart for all:"
+    "How many times as fast FlexQ's product of 6-bit weights and activations is as each library's, the geometric mean over shapes,\n"
+    "weights cold, quantisation of activations apart for all:"
 )
 _PREFILL_TOLD = (
     "The same with as many tokens as a prompt has, and the operations a second of FlexQ's product on its slowest and its\n"
@@ -33,6 +36,8 @@ _MODELS_TOLD = (
 def sections(records: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """(what it shows, a table of text) for each kind of table that there are records for."""
     kernels = kernel_table(records)
+    if len(kernels):
+        kernels = kernels[kernels["activations"] == _SHOWN].drop(columns="activations")
     decode = kernels.get("tokens", pd.Series(dtype=int)) < PREFILL_FROM
     few, many, models = kernels[decode], kernels[~decode], model_table(records)
     for told, table in (_DECODE_TOLD, few.drop(columns="TOP/s", errors="ignore")), (_PREFILL_TOLD, many):
@@ -93,8 +98,8 @@ def model_table(records: pd.DataFrame) -> pd.DataFrame:
         for index, row in table.iterrows():
             rows.append(
                 {"GPU": device, "model": model, "batch": batch, "prompt": prompt, "method": row["method"]}
-                | {"TTFT (ms)": f"{row['ttft_ms']:.1f}", "TPOT (ms)": f"{row['tpot_ms']:.2f}"}
-                | {"limit (ms)": f"{row['limit_ms']:.2f}", "weights (MiB)": f"{row['weights_mib']:.0f}"}
+                | {"TTFT (ms)": _number(row["ttft_ms"], ".1f"), "TPOT (ms)": _number(row["tpot_ms"], ".2f")}
+                | {"limit (ms)": _number(row["limit_ms"], ".2f"), "weights (MiB)": _number(row["weights_mib"], ".0f")}
                 | {"over FP16": _times_as_long(fp16, table.loc[[index]], setting, "tpot_ms")}
             )
     return pd.DataFrame(rows)
@@ -121,3 +126,7 @@ def _times_as_long(theirs: pd.DataFrame, mine: pd.DataFrame, on: list[str], metr
     both = mine.merge(theirs, on=on)
     logs = (both[f"{metric}_y"] / both[f"{metric}_x"]).map(math.log)
     return f"{math.exp(logs.mean()):.2f}×" if len(logs) else "–"
+
+
+def _number(value: float, form: str) -> str:
+    return "–" if math.isnan(value) else format(value, form)
