@@ -20,8 +20,8 @@ _SHOWN = "6 bits"
 
 _LIBRARIES = {"torch-fp16": "cuBLAS FP16", "cublaslt-fp8": "cuBLASLt FP8", "cublas-int8": "cuBLAS INT8"}
 _DECODE_TOLD = (
-    "How many times as fast FlexQ's product of 6-bit weights and activations is as each library's, the geometric mean over shapes,\n"
-    "weights cold, quantisation of activations apart for all:"
+    "How many times as fast FlexQ's product of 6-bit weights and activations is as each library's, the geometric mean over\n"
+    "shapes, weights cold, quantisation of activations apart for all:"
 )
 _PREFILL_TOLD = (
     "The same with as many tokens as a prompt has, and the operations a second of FlexQ's product on its slowest and its\n"
