@@ -29,9 +29,10 @@ NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 DOCUMENTS = [ROOT / name for name in ("README.md", "env/README.md", "outputs/README.md", "CHANGELOG.md", ".ci/run")]
 
 MAY_IMPORT = {
+    "files": set(),
     "quant": set(),
-    "runtime": {"quant"},
-    "sources": {"quant"},
+    "runtime": {"files", "quant"},
+    "sources": {"files", "quant"},
     "studies": {"quant", "runtime", "sources", "workbook"},
     "workbook": set(),
 }

@@ -9,20 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexq_core.files.tensors import find_tensors, headers, read_tensor
 from flexq_core.quant.plan import PrecisionPlan
 from flexq_core.runtime.checkpoint_format import (
     METHOD,
     CheckpointError,
+    checkpoint_errors,
     checksum,
-    headers,
     read_config,
     read_metadata,
     require_version,
-    shards,
 )
 from flexq_core.runtime.convert import empty_layers_in_place, resolve_plan
 from flexq_core.runtime.linear import FlexQLinear
-from flexq_core.runtime.tensor_files import read_tensor
 
 PACKED = {"weight": "U8", "weight_scale": "F16", "weight_exponent": "I8"}
 FLOATS = ("F32", "F16", "BF16")
@@ -53,6 +52,7 @@ def load(folder: str | Path, *, backend: str = "auto", **options: Any) -> Any:
     return model
 
 
+@checkpoint_errors()
 def verify(folder: Path) -> None:
     """Read every tensor of a checkpoint and raise CheckpointError or PlanError, as `load` does, unless all is as it was saved.
 
@@ -71,9 +71,9 @@ def verify(folder: Path) -> None:
     model = empty_model(folder)
     resolve_plan(plan, model)
     empty_layers_in_place(model, plan)
-    files = shards(folder)
-    require_tensors(model, {name: (file, shape, dtype) for file in files for name, shape, dtype in headers(file)})
-    for file in files:
+    found = find_tensors(folder)
+    require_tensors(model, found)
+    for file in sorted({file for file, *_ in found.values()}):
         verify_shard(file)
 
 
@@ -120,6 +120,7 @@ def require_tensors(model: nn.Module, tensors: dict[str, tuple[Path, list[int], 
             )
 
 
+@checkpoint_errors()
 def verify_shard(file: Path) -> dict[str, Any]:
     """Read every tensor of a file of weights against its checksum; returns the header's metadata. Raises CheckpointError."""
     saved = read_metadata(file)
@@ -133,5 +134,5 @@ def verify_shard(file: Path) -> dict[str, Any]:
                 f"{name!r} in {file} is altered: its bits are not those that were saved; copy the file again or make it anew"
             )
     if without:
-        warnings.warn(f"{file}: {len(without)} tensors have no checksum, first {without[0]!r}", stacklevel=2)
+        warnings.warn(f"{file}: {len(without)} tensors have no checksum, first {without[0]!r}", stacklevel=3)
     return saved

@@ -14,24 +14,31 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from flexq_core.runtime.tensor_files import open_header
+from flexq_core.files.tensors import TensorError, open_file
 
 METHOD = "flexq"
 VERSION = 1
 """Of the files' form; a release reads its own and earlier ones."""
 
-SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written; the message says what is wrong with which file, and what to do."""
+
+
+@contextmanager
+def checkpoint_errors() -> Iterator[None]:
+    """Of a function or a block: what is wrong with files of weights, a TensorError, is raised as a CheckpointError."""
+    try:
+        yield
+    except TensorError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def require_version(version: Any) -> None:
@@ -68,60 +75,15 @@ def metadata(sha256: Mapping[str, str], **more: Any) -> dict[str, str]:
     return {METHOD: json.dumps({"sha256": dict(sha256), **more})}
 
 
+@checkpoint_errors()
 def read_metadata(file: Path) -> dict[str, Any]:
     """What `metadata` put into a file's header; {"sha256": {}} where it has none. Raises CheckpointError for a bad file."""
-    with open_shard(file) as shard:
-        text = (shard.metadata() or {}).get(METHOD)
+    with open_file(file) as opened:
+        text = (opened.metadata() or {}).get(METHOD)
     try:
         return json.loads(text) if text else {"sha256": {}}
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file}: its checksums cannot be read ({error}); copy the file again") from error
-
-
-def open_shard(file: Path) -> Any:
-    """`open_header`; CheckpointError for a file that is absent, cut off or not safetensors."""
-    try:
-        return open_header(file)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file.parent} lacks {file.name}: copy the file again") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} is truncated or no safetensors file ({error}): copy it again or make it anew"
-        ) from error
-
-
-def shards(folder: Path) -> list[Path]:
-    """The files of a model's weights, in order. Nothing is opened but the index.
-
-    Raises CheckpointError where there are none, or only pickled ones, or where the index cannot be read.
-    """
-    if (folder / INDEX).is_file():
-        try:
-            names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder / INDEX} is no index of weights ({error}): copy it again") from error
-        if bad := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-            raise CheckpointError(
-                f"{folder / INDEX} names {bad[0]!r}; accepted: names of safetensors files in its folder"
-            )
-        return [folder / name for name in sorted(names)]
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
-    if pickled := sorted({*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")}):
-        raise CheckpointError(
-            f"{folder} has only pickled weights ({pickled[0].name}), which can run code when they are read, and are not read "
-            "here: take the model's safetensors version, or convert it where you trust it "
-            "(https://huggingface.co/spaces/safetensors/convert)"
-        )
-    raise CheckpointError(f"{folder} has no {SINGLE_FILE} and no {INDEX}: it holds no weights")
-
-
-def headers(file: Path) -> Iterator[tuple[str, list[int], str]]:
-    """Every tensor of a file: name, shape and safetensors' name of the type. No data is read."""
-    with open_shard(file) as shard:
-        for name in shard.keys():  # noqa: SIM118 (not a mapping)
-            view = shard.get_slice(name)
-            yield name, view.get_shape(), view.get_dtype()
 
 
 def read_config(folder: Path) -> dict[str, Any]:

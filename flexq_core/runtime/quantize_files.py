@@ -27,26 +27,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from flexq_core.files.tensors import INDEX, SINGLE_FILE, find_tensors, headers, read_tensor
 from flexq_core.quant.packing import packed_bytes
 from flexq_core.quant.plan import LayerPrecision, PrecisionPlan
 from flexq_core.quant.quantize import dequantize, quantize_weight
 from flexq_core.quant.spec import group_count
 from flexq_core.runtime.checkpoint import empty_model, require_tensors, verify_shard
 from flexq_core.runtime.checkpoint_format import (
-    INDEX,
     METHOD,
     VERSION,
     CheckpointError,
+    checkpoint_errors,
     checksums,
-    headers,
     metadata,
     read_config,
     read_metadata,
-    shards,
 )
 from flexq_core.runtime.convert import resolve_plan
 from flexq_core.runtime.linear import packed_parameters
-from flexq_core.runtime.tensor_files import read_tensor
 
 FILE_SCALES = ("absmax", "mse")
 """Ways to choose weights' scales that need no text (quant/scales.py)."""
@@ -75,6 +73,7 @@ class Written:
     left_out: tuple[str, ...]
 
 
+@checkpoint_errors()
 def quantize_files(
     source: Path,
     out: Path,
@@ -147,19 +146,14 @@ class _Work:
         plan = resolve_plan(plan, model)
         places = set(model.state_dict())
         tensors, left_out = {}, []
-        for file in shards(source):
-            for stored, shape, dtype in headers(file):
-                # Files of a model's base leave its prefix out; a few add one.
-                names = (
-                    stored,
-                    f"{model.base_model_prefix}.{stored}",
-                    stored.removeprefix(f"{model.base_model_prefix}."),
-                )
-                name = next((name for name in names if name in places), None)
-                if name is None:
-                    left_out.append(stored)
-                else:
-                    tensors[name] = file, stored, shape, dtype
+        for stored, (file, shape, dtype) in find_tensors(source).items():
+            # Files of a model's base leave its prefix out; a few add one.
+            names = (stored, f"{model.base_model_prefix}.{stored}", stored.removeprefix(f"{model.base_model_prefix}."))
+            name = next((name for name in names if name in places), None)
+            if name is None:
+                left_out.append(stored)
+            else:
+                tensors[name] = file, stored, shape, dtype
         require_tensors(model, {name: (file, shape, dtype) for name, (file, _, shape, dtype) in tensors.items()})
         return cls(config, model, plan, scales, tensors, tuple(left_out))
 
@@ -295,7 +289,7 @@ def _write_others(source: Path, partial: Path, work: _Work, written: Written, na
     for file in {file for pattern in COPIED for file in source.glob(pattern)}:
         if file.is_file() and file.name not in anew and not file.name.endswith(".index.json"):
             shutil.copyfile(file, partial / file.name)
-    if (source / INDEX).is_file():
+    if [file.name for file in work.files] != [SINGLE_FILE]:
         weight_map = {tensor: file.name for file in work.files for tensor, _, _ in headers(partial / file.name)}
         size = sum(work.bytes_of(file) for file in work.files)
         _write_json(partial / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})

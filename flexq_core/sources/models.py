@@ -130,7 +130,7 @@ def load_model(
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
         if folder is not None:
-            on_disk = ModelOnDisk.open(folder, device=device, dtype=dtype)
+            on_disk = ModelOnDisk(folder, device=device, dtype=dtype)
             model = on_disk.model
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True)

@@ -10,9 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import flexq_core
+from flexq_core.files.tensors import INDEX, SINGLE_FILE
 from flexq_core.quant import PlanError
 from flexq_core.runtime.checkpoint import verify
-from flexq_core.runtime.checkpoint_format import INDEX, SINGLE_FILE, CheckpointError, metadata
+from flexq_core.runtime.checkpoint_format import CheckpointError, metadata
 from flexq_core.runtime.quantize_files import quantize_files
 from tests.models import logits, save_model, tiny_model
 
@@ -76,7 +77,7 @@ def test_files_that_are_cut_off_or_lost(copy):
     file.write_bytes(b"")
     refused(copy, f"{file.name} is truncated or no safetensors file")
     file.unlink()
-    refused(copy, f"lacks {file.name}: copy the file again")
+    refused(copy, f"lacks {file.name}: copy or download the file again")
     (copy / INDEX).write_text("{}")
     refused(copy, "is no index of weights")
     (copy / INDEX).unlink()

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import flexq_core
+from flexq_core.files.tensors import INDEX, SINGLE_FILE
 from flexq_core.quant import PlanError, PrecisionPlan
 from flexq_core.quant.layers import linear_layers
 from flexq_core.runtime import quantize_files as module
-from flexq_core.runtime.checkpoint_format import INDEX, SINGLE_FILE, CheckpointError
+from flexq_core.runtime.checkpoint_format import CheckpointError
 from flexq_core.runtime.convert import linear_weight_bytes
 from flexq_core.runtime.quantize_files import quantize_files
 from flexq_core.sources.demo import demo_path

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flexq_core.files.tensors import TensorError
 from flexq_core.quant.layers import decoder_blocks
 from flexq_core.sources import demo
 from flexq_core.sources.models import ModelError, load_model
@@ -77,7 +78,7 @@ def reshaped(tensors, name):
         (
             reshaped,
             "model.layers.0.mlp.up_proj.weight",
-            r"up_proj\.weight' in .* \(175, 64\); the model's is \(176, 64\)",
+            r"up_proj\.weight' in .* \[175, 64\]; the model's is \[176, 64\]",
         ),
     ],
 )
@@ -97,16 +98,45 @@ def test_broken_folders_say_what_is_wrong(tmp_path):
     tensor = "model.layers.0.mlp.up_proj.weight"
     wrong = next(file for file in names.values() if file != names[tensor])
     index.write_text(json.dumps({"weight_map": {**names, tensor: wrong}}))
-    with pytest.raises(ModelError, match=f"{wrong} lacks the tensor '{tensor}', which the index places there"):
+    with pytest.raises(ModelError, match=f"lack the tensor '{tensor}', which {index.name} places in {wrong}: "):
         load_model(folder, blocks_on_disk=True)
     index.write_text(json.dumps({"weight_map": names}))
     shard = tmp_path / names[tensor]
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ModelError, match=f"cannot read .*{names[tensor]}.*fetch it again"):
+    whole = shard.read_bytes()
+    tensors = load_file(shard)
+    without(tensors, tensor)
+    save_file(tensors, shard)
+    with pytest.raises(
+        ModelError, match=f"lack the tensor '{tensor}', which .* places in {shard.name}: .* download them again"
+    ):
+        load_model(folder, blocks_on_disk=True)
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(ModelError, match=f"{shard.name} is truncated or no safetensors file .*download it again"):
+        load_model(folder, blocks_on_disk=True)
+    shard.unlink()
+    with pytest.raises(ModelError, match=f"lacks {shard.name}: copy or download the file again"):
+        load_model(folder, blocks_on_disk=True)
+    index.write_text(json.dumps({"weight_map": {**names, tensor: f"../{shard.name}"}}))
+    with pytest.raises(
+        ModelError, match=f"names '../{shard.name}'; accepted: names of safetensors files in its folder"
+    ):
         load_model(folder, blocks_on_disk=True)
     index.write_text("[]")
-    with pytest.raises(ModelError, match="is not an index of tensors"):
+    with pytest.raises(ModelError, match="is no index of weights"):
         load_model(folder, blocks_on_disk=True)
     index.unlink()
-    with pytest.raises(ModelError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json"):
+    with pytest.raises(ModelError, match=r"has no model\.safetensors and no model\.safetensors\.index\.json"):
         load_model(folder, blocks_on_disk=True)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    with pytest.raises(
+        ModelError, match=r"has only pickled weights \(pytorch_model.bin\).* convert it where you trust it"
+    ):
+        load_model(folder, blocks_on_disk=True)
+
+
+def test_a_file_that_is_cut_off_after_the_folder_was_opened_is_named(tmp_path):
+    loaded = load_model(saved(tmp_path, tiny_model("llama")), blocks_on_disk=True)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(TensorError, match="model.safetensors ends within the tensor 'model.layers.1"):
+        loaded.load_block("model.layers.1")

@@ -1,0 +1,1 @@
+"""Files of weights: what a safetensors folder holds, and a tensor's bytes."""
