@@ -452,7 +452,7 @@ def test_claims_of_hopper_are_means_over_shapes_and_the_bandwidth_of_the_largest
     assert all(text.endswith(f" on {card}") for text, _, _ in found[1:])
     assert found[1][2].startswith("1.43× over 20 shapes and 1, 4, 8 tokens; 1.3") and "quantisation" in found[1][2]
     assert found[4][2].startswith("least 95.2%, ") and found[4][2].endswith("; 8 cases")
-    assert verdicts(gpu_times(**H200 | {"imma": 1.3})) == [True, False, False, False, False, True, True]
+    assert verdicts(gpu_times(**H200 | {"imma": 1.35})) == [True, False, False, False, False, True, True]
     assert verdicts(gpu_times(**H200).assign(definition_error=1e-3)) == [False] + [True] * 6
 
 
