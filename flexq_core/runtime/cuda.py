@@ -303,7 +303,10 @@ def linear(
 
     records: `quantize_activation` of [tokens, K], or what a fused `*_quantize` returns.  chunks: `repack` for the same
     backend.  weight_exponent: [N] int8.  bias: [N] or None.  out: [tokens, N] float32, float16 or bfloat16, contiguous; returned.
+    Raises ValueError for an `out` that does not begin at a multiple of 16 bytes, as new tensors do: it is written in vectors.
     """
+    if out.data_ptr() % 16:
+        raise ValueError(f"out starts at an address of {out.data_ptr() % 16} modulo 16; accepted: a multiple of 16")
     weight_exponent = weight_exponent.contiguous()
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device(out.device):

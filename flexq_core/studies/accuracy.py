@@ -43,7 +43,7 @@ from flexq_core.sources import data
 from flexq_core.sources import tasks as zero_shot
 from flexq_core.sources.models import LoadedModel, load_model, locate_model
 from flexq_core.sources.outliers import inject_outliers, require_strength
-from flexq_core.studies import accuracy_kernels, accuracy_scales, baselines
+from flexq_core.studies import accuracy_agreement, accuracy_scales, baselines
 from flexq_core.studies.parameters import names, require_at_least
 from flexq_core.workbook import figures
 from flexq_core.workbook.machine import provenance
@@ -308,13 +308,13 @@ class AccuracyStudy:
             records |= once(
                 **shared,
                 parameters=self._inputs(method, backend) | self._text_inputs() | batch,
-                compute=lambda: accuracy_kernels.agreement(quantised(), self.rows[: self.batch_size]),
+                compute=lambda: accuracy_agreement.agreement(quantised(), self.rows[: self.batch_size]),
             )
         return {m: record.reason if m == "skipped" else record.value for m, record in records.items()}
 
     def _has_kernels(self, method: str, backend: str) -> bool:
         """Whether it is told on which kernels a case ran and how far they are from `simulate`; it wants the whole model."""
-        kernels = backend not in ("torch", accuracy_kernels.SIMULATED) and not self.layer_by_layer
+        kernels = backend not in ("torch", accuracy_agreement.SIMULATED) and not self.layer_by_layer
         return kernels and accuracy_scales.of_method(method)[1] == SCALES[0]
 
     def _answers_tasks(self, method: str, backend: str) -> bool:
@@ -535,7 +535,7 @@ def claims(table: pd.DataFrame, *, outliers: float) -> list[tuple[str, bool, str
         if len(group) > 1:
             apart = 100 * (group["perplexity"].max() / group["perplexity"].min() - 1)
             text = f"{method}: {' and '.join(group['backend'])} agree to {AGREEMENT_PERCENT}%"
-            found.append((text, apart <= AGREEMENT_PERCENT, f"{apart:.4f}%{accuracy_kernels.told(group)}"))
+            found.append((text, apart <= AGREEMENT_PERCENT, f"{apart:.4f}%{accuracy_agreement.told(group)}"))
     accuracy = f"accuracy/{zero_shot.CONTINUATION}"
     if accuracy in table and not outliers:
         scores = table.dropna(subset=[accuracy]).set_index("method")[accuracy]

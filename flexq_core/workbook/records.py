@@ -260,12 +260,13 @@ def source_digest(study: str) -> str:
     stem = study.split("_", 1)[-1]
     files = [
         *(core / "quant").glob("*.py"),
+        *(core / "files").glob("*.py"),
         *(core / "runtime").glob("*.py"),
         *(core / "sources").rglob("*.py"),
         *(path for path in (paths.KERNELS).rglob("*") if path.is_file()),
         *(
             path
-            for name in (stem, f"{stem}_gpu", f"{stem}_scales", "baselines")
+            for name in (stem, f"{stem}_gpu", f"{stem}_scales", f"{stem}_agreement", "baselines")
             if (path := core / "studies" / f"{name}.py").is_file()
         ),
         *(core / "studies" / stem).rglob("*.py"),

@@ -74,10 +74,12 @@ def test_the_order_of_parameters_does_not_matter(tmp_path):
     [
         ("flexq_core/quant/spec.py", True),
         ("flexq_core/runtime/ops.py", True),
+        ("flexq_core/files/tensors.py", True),
         ("flexq_core/sources/data.py", True),
         ("flexq_core/studies/accuracy.py", True),
         ("flexq_core/studies/accuracy/part.py", True),
         ("flexq_core/studies/accuracy_scales.py", True),
+        ("flexq_core/studies/accuracy_agreement.py", True),
         ("kernels/cpu/kernel.cpp", True),
         ("flexq_core/studies/quickstart.py", False),
         ("flexq_core/workbook/report.py", False),

@@ -1,7 +1,7 @@
 """Greedy decoding, timed token by token: one engine for every method.
 
 On a GPU the prefill and the decode step are captured once each in a CUDA graph and replayed: nothing is launched, and nothing
-waits, between tokens. The step may be compiled by torch first, so that it rounds as the eager model does; the prefill never is.
+waits, between tokens. The step may be compiled by torch first, to round as the eager model does; the prefill never is.
 On a processor both are called.
 """
 

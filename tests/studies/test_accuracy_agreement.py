@@ -8,7 +8,7 @@ from flexq_core.quant.plan import LayerPrecision, PrecisionPlan
 from flexq_core.runtime import cuda, ops
 from flexq_core.runtime.convert import quantize_model
 from flexq_core.runtime.linear import FlexQLinear
-from flexq_core.studies import accuracy_kernels
+from flexq_core.studies import accuracy_agreement
 from flexq_core.studies.accuracy import AccuracyStudy, claims
 from flexq_core.workbook.records import read_jsonl
 from tests.models import tiny_model
@@ -36,10 +36,10 @@ def test_the_table_and_the_records_tell_kernels_and_agreement_with_fake_quantisa
 
 def test_a_wrong_product_is_far_from_fake_quantisation_and_layers_keep_their_backend(monkeypatch):
     model = quantize_model(tiny_model("llama"), "flexq", backend="reference")
-    right = accuracy_kernels.agreement(model, ROWS)["difference_from_simulate"].value
+    right = accuracy_agreement.agreement(model, ROWS)["difference_from_simulate"].value
     run = ops._BACKENDS["reference"]
     monkeypatch.setitem(ops._BACKENDS, "reference", lambda *operands: 1.1 * run(*operands))
-    assert right < 0.03 < accuracy_kernels.agreement(model, ROWS)["difference_from_simulate"].value
+    assert right < 0.03 < accuracy_agreement.agreement(model, ROWS)["difference_from_simulate"].value
     assert {layer.backend for layer in model.modules() if isinstance(layer, FlexQLinear)} == {"reference"}
 
 
@@ -53,20 +53,20 @@ def test_what_auto_means_is_told_for_each_layer(monkeypatch):
 
     monkeypatch.setattr(FlexQLinear, "prepare", prepare)
     monkeypatch.setattr(cuda, "backend_for", lambda m, k, n, _: "wgmma" if m >= 48 and n > k else "imma")
-    found = {kernel: {name[15:] for name in names} for kernel, names in accuracy_kernels.kernels(model, 48).items()}
+    found = {kernel: {name[15:] for name in names} for kernel, names in accuracy_agreement.kernels(model, 48).items()}
     assert found == {
         "imma": {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj"},
         "bmma": {"self_attn.o_proj"},
         "wgmma": {"mlp.gate_proj", "mlp.up_proj"},
     }
-    assert set(accuracy_kernels.kernels(model, 47)) == {"imma", "bmma"}
+    assert set(accuracy_agreement.kernels(model, 47)) == {"imma", "bmma"}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["auto", "bmma"])
 def test_on_a_gpu_kernels_agree_with_fake_quantisation(backend):
     model = quantize_model(tiny_model("llama").cuda(), "flexq", backend=backend)
-    found = accuracy_kernels.agreement(model, ROWS)
+    found = accuracy_agreement.agreement(model, ROWS)
     assert found["difference_from_simulate"].value < 0.03
     on = {metric.removeprefix("layers_on/"): found[metric].value for metric in found if "layers_on/" in metric}
     assert sum(on.values()) == 14 and set(on) <= ({"imma", "wgmma"} if backend == "auto" else {"bmma"})
