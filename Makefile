@@ -60,7 +60,7 @@ end-to-end: env  ## time LLaMA-13B and 7B with random weights on this machine's 
 	@$(END_TO_END) --model llama-13b
 	@$(END_TO_END) --model llama-7b
 
-readme: env  ## make the README's results table from outputs/reference/
+readme: env  ## make the README's results tables from outputs/reference/
 	@$(BIN)/python -m flexq_core.workbook readme
 
 clean:  ## delete .venv, caches and all outputs but outputs/reference/

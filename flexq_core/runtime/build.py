@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -141,7 +142,7 @@ def _bit_plane_kernel(capability: tuple[int, int], weight_bits: int) -> ModuleTy
 def build_bit_plane_kernels(device: torch.device, widths: tuple[int, ...]) -> None:
     """Compile `bit_plane_kernel` for these widths side by side, in processes of their own, where it is not in the cache.
 
-    What cannot be built is said when it is asked for.
+    What cannot be built, or whose process was killed, is built, or said, when it is asked for.
     """
     capability = torch.cuda.get_device_capability(device)
     try:
@@ -149,8 +150,13 @@ def build_bit_plane_kernels(device: torch.device, widths: tuple[int, ...]) -> No
     except BuildError:
         return
     if len(missing) > 1:
-        with ProcessPoolExecutor(len(missing), mp_context=multiprocessing.get_context("spawn")) as processes:
-            list(processes.map(functools.partial(_build_bit_plane_kernel, capability), missing))
+        count = min(len(missing), os.cpu_count() or 1)
+        build = functools.partial(_build_bit_plane_kernel, capability)
+        with (
+            suppress(BrokenProcessPool),
+            ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as processes,
+        ):
+            list(processes.map(build, missing))
 
 
 def _build_bit_plane_kernel(capability: tuple[int, int], weight_bits: int) -> None:

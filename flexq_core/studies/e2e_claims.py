@@ -8,6 +8,7 @@ from __future__ import annotations
 import pandas as pd
 
 from flexq_core.studies.e2e_compared import TITLES
+from flexq_core.studies.kernels_claims import is_hopper
 
 _UNQUANTISED = ("fp32", "fp16")
 _INT8 = ("w8a8", "w8a16")
@@ -21,6 +22,8 @@ TELLING_MIB = 50
 AT_MOST_PREEMPTIONS = 1.0
 """Preemptions a token above which a machine is too busy to tell: on a quiet one there are hardly any."""
 
+RATIOS_PROMPT = 128
+"""Tokens of the prompt with which ratios are claimed."""
 AT_LEAST_AS_FAST = {
     "llama-13b": {"fp16": 2.0, "w8a8": 1.33, "fp8": 1.2},
     **{model: {"fp16": 1.9} for model in ("llama-7b", "llama-30b", "opt-30b")},
@@ -34,7 +37,8 @@ def claims(table: pd.DataFrame, model: str = "") -> list[tuple[str, bool | None,
     """What this study claims, as (claim, whether the table bears it out, the numbers); None where it cannot tell.
 
     table: of `EndToEndStudy.table`. Claims are about `flexq` where it was measured, else the first of FlexQ's other methods.
-    model: `EndToEndStudy.whole_on_gpu`; of a model of AT_LEAST_AS_FAST its ratios are claimed, of others that FlexQ is faster.
+    model: `EndToEndStudy.ratios_model`; of a model of AT_LEAST_AS_FAST its ratios are claimed, of others, and of methods that it
+    has no ratio for, that FlexQ is faster.
     """
     best = table.dropna(subset=["linear_weights_mib"]).drop_duplicates("method", keep="last").set_index("method")
     ours = next(
@@ -42,11 +46,15 @@ def claims(table: pd.DataFrame, model: str = "") -> list[tuple[str, bool | None,
     )
     if ours is None:
         return [("FlexQ is measured", None, "methods name none of FlexQ's")]
-    if model in AT_LEAST_AS_FAST:
-        return [*_weight_claims(best, ours), *_ratio_claims(best, ours, model)]
     base, *others = (next((m for m in among if m in best.index), None) for among in (_UNQUANTISED, _INT8, ["fp8"]))
-    speeds = [_speed_claim(best, ours, other, base) for other in (base, *others) if other]
-    return [*_weight_claims(best, ours), *speeds]
+    ratios = AT_LEAST_AS_FAST.get(model, {})
+    speeds = [_speed_claim(best, ours, other, base) for other in (base, *others) if other and other not in ratios]
+    return [*_weight_claims(best, ours), *(_ratio_claims(best, ours, model) if ratios else []), *speeds]
+
+
+def has_ratios(card: str, prompt_tokens: int) -> bool:
+    """Whether ratios are claimed of whole models on this card with such a prompt."""
+    return is_hopper(card) and prompt_tokens == RATIOS_PROMPT
 
 
 def _weight_claims(best: pd.DataFrame, ours: str) -> list[tuple[str, bool | None, str]]:
@@ -90,14 +98,32 @@ def _ratio_claims(best: pd.DataFrame, ours: str, model: str) -> list[tuple[str, 
     for values, unit, ratios, text in quantities:
         for other, least in ratios.items():
             claim = f"{model}: {text.format(least, TITLES[other])}"
-            mine, theirs = values[ours], values.get(other, float("nan"))
-            if pd.isna(mine) or pd.isna(theirs):
+            if other not in best.index:
                 found.append((claim, None, f"{TITLES[other]} was not measured here"))
-            else:
-                found.append(
-                    (claim, bool(theirs / mine >= least), f"{mine:.4g} and {theirs:.4g} {unit}, {theirs / mine:.2f} ×")
-                )
+                continue
+            mine, theirs = values[ours], values[other]
+            if pd.isna(mine) or pd.isna(theirs):
+                found.append((claim, None, _NO_STEP))
+                continue
+            detail = f"{mine:.4g} and {theirs:.4g} {unit}, {theirs / mine:.2f} ×"
+            obstacle = _obstacle(best, ours, other) if unit != "MiB" else ""
+            found.append(
+                (claim, None, f"{detail}; {obstacle}") if obstacle else (claim, bool(theirs / mine >= least), detail)
+            )
     return found
+
+
+_NO_STEP = "outputs of one token have no decode step"
+
+
+def _obstacle(best: pd.DataFrame, ours: str, other: str) -> str:
+    """Why the times of these two methods tell nothing; empty where they do."""
+    if best["backend"][ours] in ("reference", "simulate"):
+        return f"the {best['backend'][ours]} backend is no kernel"
+    preempted = best["preemptions_per_token"][[ours, other]].max()
+    if preempted > AT_MOST_PREEMPTIONS:
+        return f"the machine is busy with other work: {preempted:.1f} preemptions a token"
+    return ""
 
 
 def _speed_claim(best: pd.DataFrame, ours: str, other: str, base: str | None) -> tuple[str, bool | None, str]:
@@ -110,14 +136,14 @@ def _speed_claim(best: pd.DataFrame, ours: str, other: str, base: str | None) ->
         text = f"{name} decodes a token in at most {at_most} of the time of {other_name}"
     mine_ms, other_ms = best["tpot_ms"][ours], best["tpot_ms"][other]
     if pd.isna(mine_ms) or pd.isna(other_ms):
-        return text, None, "outputs of one token have no decode step"
+        return text, None, _NO_STEP
     detail = f"{mine_ms:.2f} and {other_ms:.2f} ms a token, {other_ms / mine_ms:.2f} ×"
     weights_mib = best["linear_weights_mib"].max()
-    if best["backend"][ours] in ("reference", "simulate"):
-        return text, None, f"{detail}; the {best['backend'][ours]} backend is no kernel"
-    if base is None or weights_mib < TELLING_MIB:
-        return text, None, f"{detail}; {weights_mib:.0f} MiB of linear weights are too few to matter"
-    preempted = best["preemptions_per_token"][[ours, other]].max()
-    if preempted > AT_MOST_PREEMPTIONS:
-        return text, None, f"{detail}; the machine is busy with other work: {preempted:.1f} preemptions a token"
+    obstacle = _obstacle(best, ours, other)
+    if base is None:
+        obstacle = obstacle or "the unquantised model was not measured here"
+    elif weights_mib < TELLING_MIB:
+        obstacle = obstacle or f"{weights_mib:.0f} MiB of linear weights are too few to matter"
+    if obstacle:
+        return text, None, f"{detail}; {obstacle}"
     return text, bool(mine_ms < at_most * other_ms), detail

@@ -60,9 +60,14 @@ def claims(table: pd.DataFrame, card: str = "") -> list[tuple[str, bool | None, 
     return [right, *_gpu_claims(measured, card)] if card else [right, _speed_claim(measured)]
 
 
+def is_hopper(card: str) -> bool:
+    """Whether speed is claimed of a card of this name."""
+    return any(name in card for name in HOPPER)
+
+
 def _gpu_claims(measured: pd.DataFrame, card: str) -> list[tuple[str, bool | None, str]]:
     """What is claimed of HOPPER with the paper's shapes; other cards and shapes have their numbers told."""
-    known = any(name in card for name in HOPPER)
+    known = is_hopper(card)
     where = card if known else f"an {' or '.join(HOPPER)}"
     lacking = "" if known else f"claimed of {where}, this is {card}"
     shapes = set(measured[["outputs", "features"]].itertuples(index=False, name=None))

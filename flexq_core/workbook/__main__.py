@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     keep.add_argument("machine", help="a name for it: cpu, h200, ...")
     keep.set_defaults(command=_reference)
-    readme = commands.add_parser("readme", help="make the README's results table anew from outputs/reference/")
+    readme = commands.add_parser("readme", help="make the README's results tables anew from outputs/reference/")
     readme.set_defaults(command=_readme)
     return parser
 

@@ -21,16 +21,20 @@ _SHOWN = "6 bits"
 _LIBRARIES = {"torch-fp16": "cuBLAS FP16", "cublaslt-fp8": "cuBLASLt FP8", "cublas-int8": "cuBLAS INT8"}
 _DECODE_TOLD = (
     "How many times as fast FlexQ's product of 6-bit weights and activations is as each library's, the geometric mean over\n"
-    "shapes, weights cold, quantisation of activations apart for all:"
+    "shapes, weights cold, quantisation of activations apart for all. Of FlexQ's two kernels that `auto` chooses from the\n"
+    "faster one counts:"
 )
 _PREFILL_TOLD = (
     "The same with as many tokens as a prompt has, and the operations a second of FlexQ's product on its slowest and its\n"
     "fastest shape:"
 )
 _MODELS_TOLD = (
-    "Whole models, decoded greedily: the time to the first token (TTFT) and for each later one (TPOT), the least that a step's\n"
-    "bytes take at the card's measured bandwidth, the memory of all weights, and how many times as long FP16 takes for a token:"
+    "Whole models{weights}, decoded greedily: tokens of the prompt and of the outputs, the time to the first\n"
+    "token (TTFT) and for each later one (TPOT), the least that a step's bytes take at the card's measured bandwidth, the\n"
+    "memory of all weights, and how many times as long FP16 takes for a token:"
 )
+_ENGINE = {"compile_mode": "", "attention": "", "weights": "pretrained"}
+"""What else tells a model's runs apart → what it is where a record does not say; a column where it is not the same for all."""
 
 
 def sections(records: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -44,7 +48,8 @@ def sections(records: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         if len(table):
             yield told, table
     if len(models):
-        yield _MODELS_TOLD, models
+        random = set(_model_times(records)["weights"]) == {"random"}
+        yield _MODELS_TOLD.format(weights=" with random weights" if random else ""), models
 
 
 def kernel_times(records: pd.DataFrame) -> pd.DataFrame:
@@ -83,21 +88,21 @@ def kernel_table(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def model_table(records: pd.DataFrame) -> pd.DataFrame:
-    """What 04_e2e has timed of whole models, each on one GPU: a row a model, batch, prompt and method; empty without records."""
-    mine = records[records["study"] == "04_e2e"]
-    whole = mine["parameters"].map(
-        lambda p: "prompt_tokens" in p and not p.get("layers") and p.get("processes", 1) == 1
-    )
-    setting = ["device", "model", "batch_size", "prompt_tokens"]
-    of_gpus = mine[whole.astype(bool) & mine["driver"].notna()]
-    metrics = ["tpot_ms", "ttft_ms", "limit_ms", "weights_mib"]
-    times = _newest(of_gpus, {"batch_size": 1, "prompt_tokens": 0}, metrics)
+    """What 04_e2e has timed of whole models, each on one GPU; empty without records.
+
+    A row a model, batch, prompt, longest output, way of running (_ENGINE, backend) and method, beside FP16 of the same.
+    """
+    times = _model_times(records)
+    setting = ["device", "model", "batch_size", "prompt_tokens", "output_tokens", *_ENGINE]
+    told = [name for name in _ENGINE if times[name].nunique() > 1]
+    told += ["backend"] * (times.loc[times["backend"] != "torch", "backend"].nunique() > 1)
     rows = []
-    for (device, model, batch, prompt), table in times.groupby(setting):
+    for (device, model, batch, prompt, outputs, *_), table in times.groupby(setting):
         fp16 = table[table["method"] == "fp16"]
         for index, row in table.iterrows():
             rows.append(
-                {"GPU": device, "model": model, "batch": batch, "prompt": prompt, "method": row["method"]}
+                {"GPU": device, "model": model, "batch": batch, "prompt": prompt, "outputs": outputs}
+                | {name: row[name] for name in [*told, "method"]}
                 | {"TTFT (ms)": _number(row["ttft_ms"], ".1f"), "TPOT (ms)": _number(row["tpot_ms"], ".2f")}
                 | {"limit (ms)": _number(row["limit_ms"], ".2f"), "weights (MiB)": _number(row["weights_mib"], ".0f")}
                 | {"over FP16": _times_as_long(fp16, table.loc[[index]], setting, "tpot_ms")}
@@ -105,18 +110,35 @@ def model_table(records: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _newest(rows: pd.DataFrame, parameters: Mapping[str, Any], metrics: list[str]) -> pd.DataFrame:
-    """A row a case, in the order in which they were first measured, with its newest metrics by name.
+def _model_times(records: pd.DataFrame) -> pd.DataFrame:
+    """The newest of each case of whole models on one GPU. output_tokens: the longest, over whose steps tpot_ms is a median."""
+    mine = records[records["study"] == "04_e2e"]
+    whole = mine["parameters"].map(
+        lambda p: "prompt_tokens" in p and not p.get("layers") and p.get("processes", 1) == 1
+    )
+    of_gpus = mine[whole.astype(bool) & mine["driver"].notna()]
+    longest = of_gpus["parameters"].map(lambda p: {**p, "output_tokens": max(p.get("output_tokens", [0]))})
+    absent = {"batch_size": 1, "prompt_tokens": 0, "output_tokens": 0, **_ENGINE, "backend": ""}
+    return _newest(of_gpus.assign(parameters=longest), absent, ["tpot_ms", "ttft_ms", "limit_ms", "weights_mib"])
 
-    A case is a device, a model, a method and these parameters: name → what it is where a record has none.  metrics: columns
-    that there are in any case; cases without the first are left out.
+
+def _newest(rows: pd.DataFrame, parameters: Mapping[str, Any], metrics: list[str]) -> pd.DataFrame:
+    """A row a case, in the order in which they were first measured, with the metrics of its newest run by name.
+
+    A case is a device, a model, a method and these parameters: name → what it is where a record has none.  A run is what has
+    one record key.  metrics: columns that there are in any case; runs without the first are left out.
     """
-    cases: dict[tuple[str, ...], dict[str, Any]] = {}
-    for row in rows[rows["status"] == "ok"].sort_values("time", kind="stable").itertuples():
+    rows = rows[rows["status"] == "ok"].sort_values("time", kind="stable")
+    rows = rows[rows["key"].isin(rows.loc[rows["metric"] == metrics[0], "key"])]
+    cases: dict[tuple[str, ...], tuple[str, dict[str, Any]]] = {}
+    for row in rows.itertuples():
         case = {"device": row.device, "model": row.model}
         case |= {name: row.parameters.get(name, absent) for name, absent in parameters.items()} | {"method": row.method}
-        cases.setdefault(tuple(map(str, case.values())), case)[row.metric] = row.value
-    measured = [case for case in cases.values() if metrics[0] in case]
+        name = tuple(map(str, case.values()))
+        if name not in cases or cases[name][0] != row.key:
+            cases[name] = (row.key, case)
+        cases[name][1][row.metric] = row.value
+    measured = [case for _, case in cases.values()]
     names = dict.fromkeys(["device", "model", *parameters, "method", *metrics])
     return pd.DataFrame(measured, columns=list(names | dict.fromkeys(name for case in measured for name in case)))
 

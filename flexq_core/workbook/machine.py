@@ -65,7 +65,10 @@ def outputs_of(folder: str, device: str) -> Path:
     """
     if "{card}" in folder:
         if not device.startswith("cuda"):
-            raise ValueError(f"{folder} is named after a GPU, and torch finds none here")
+            raise ValueError(
+                f"{folder} is named after a GPU, and torch finds none here: give --outputs a folder's name, or run it on a "
+                "machine with a GPU"
+            )
         folder = folder.replace("{card}", card_label(provenance(device)["device"]))
     return paths.ROOT / folder
 

@@ -294,7 +294,13 @@ def test_kernels_of_several_widths_are_built_together_where_they_are_missing(fre
         if weight_bits == 3:
             raise build.BuildError("no room")
 
-    monkeypatch.setattr(build, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
+    def pool(count, mp_context):
+        counts.append(count)
+        return ThreadPoolExecutor(count)
+
+    counts = []
+    monkeypatch.setattr(build, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(build.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(build, "_bit_plane_kernel", kernel)
     monkeypatch.setattr(build, "_place", lambda name, *_: tmp_path / name)
     monkeypatch.setattr(build.torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -303,6 +309,19 @@ def test_kernels_of_several_widths_are_built_together_where_they_are_missing(fre
     assert sorted(built) == [((9, 0), 2), ((9, 0), 3)]  # and what failed is said by who asks for it
     build.build_bit_plane_kernels(torch.device("cuda"), (2, 4))
     assert len(built) == 2  # one alone is built by who asks for it
+    build.build_bit_plane_kernels(torch.device("cuda"), (2, 3, 5))
+    assert counts == [2, 2] and len(built) == 5  # no more processes than cores
+
+
+def test_a_killed_build_of_several_widths_is_left_to_who_asks_for_it(fresh, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "_build_bit_plane_kernel", _killed)
+    monkeypatch.setattr(build, "_place", lambda name, *_: tmp_path / name)
+    monkeypatch.setattr(build.torch.cuda, "get_device_capability", lambda device: (9, 0))
+    build.build_bit_plane_kernels(torch.device("cuda"), (2, 3))  # and raises nothing
+
+
+def _killed(capability, weight_bits):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_importing_the_package_compiles_nothing(tmp_path):

@@ -102,6 +102,41 @@ def test_models_stand_beside_fp16_of_the_same_card_and_setting(record, tables):
     ]
 
 
+def test_what_is_run_otherwise_is_another_row_and_nothing_is_compared_with_it(record, tables):
+    time_model(record, H100, "fp16", 10.0, output_tokens=[32, 128], weights="random", compile_mode="default")
+    time_model(record, H100, "flexq", 4.0, output_tokens=[128], weights="random", compile_mode="default")
+    time_model(record, H100, "flexq", 5.0, output_tokens=[128, 1024], weights="random", compile_mode="default", hour=1)
+    ((told, table),) = tables().items()
+    assert "models with random weights," in told and list(table)[3:6] == ["prompt", "outputs", "method"]
+    assert table[["outputs", "method", "over FP16"]].values.tolist() == [
+        [128, "fp16", "1.00×"],
+        [128, "flexq", "2.50×"],
+        [1024, "flexq", "–"],
+    ]
+    time_model(
+        record, H100, "flexq", 3.0, output_tokens=[128], weights="pretrained", compile_mode="none", backend="imma"
+    )
+    time_model(
+        record, H100, "flexq", 2.0, output_tokens=[128], weights="pretrained", compile_mode="none", backend="bmma"
+    )
+    ((told, table),) = tables().items()
+    assert "random" not in told
+    assert table.tail(1)[["outputs", "compile_mode", "weights"]].values.tolist() == [[1024, "default", "random"]]
+    otherwise = table[table["compile_mode"] == "none"]
+    assert otherwise[["weights", "backend", "TPOT (ms)", "over FP16"]].values.tolist() == [
+        ["pretrained", "imma", "3.00", "–"],
+        ["pretrained", "bmma", "2.00", "–"],
+    ]
+
+
+def test_a_rows_metrics_are_those_of_one_run(record, tables):
+    time_model(record, H100, "flexq", 5.0, hour=1)
+    record("04_e2e", H100, "llama-13b", "flexq", {"tpot_ms": 4.0}, 2, batch_size=1, prompt_tokens=128, layers=0)
+    record("04_e2e", H100, "llama-13b", "flexq", {"ttft_ms": 1.0}, 3, batch_size=1, prompt_tokens=128, layers=0)
+    (table,) = tables().values()
+    assert table[["TPOT (ms)", "TTFT (ms)", "limit (ms)"]].values.tolist() == [["4.00", "–", "–"]]
+
+
 def test_the_newest_of_a_whole_model_on_one_card_is_shown(record, tables):
     time_model(record, H100, "flexq", 5.0, hour=1)
     time_model(record, H100, "flexq", 4.0, hour=2)

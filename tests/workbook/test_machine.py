@@ -27,5 +27,6 @@ def test_a_cards_folder_has_its_short_name(name, label, monkeypatch):
 
 def test_a_processor_has_no_folder_of_a_card():
     assert machine.outputs_of("outputs/mine", "cpu") == paths.ROOT / "outputs" / "mine"
-    with pytest.raises(ValueError, match=r"outputs/\{card\} is named after a GPU, and torch finds none here"):
+    told = r"outputs/\{card\} is named after a GPU, and torch finds none here: give --outputs a folder's name, or run it on"
+    with pytest.raises(ValueError, match=told):
         machine.outputs_of("outputs/{card}", "cpu")

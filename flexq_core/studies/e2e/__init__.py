@@ -48,9 +48,10 @@ from flexq_core.studies.e2e.linears import (
     Int8WeightLinear,
     block_weight_bytes,
     model_bytes,
+    scratch_bytes,
 )
 from flexq_core.studies.e2e.steps import STEPS, parts_ms, step_bytes
-from flexq_core.studies.e2e_claims import claims
+from flexq_core.studies.e2e_claims import claims, has_ratios
 from flexq_core.studies.e2e_compared import plot_latency, plot_memory, plot_step
 from flexq_core.studies.kernels import KernelStudy
 from flexq_core.studies.parameters import counts, names, one_of, require_at_least
@@ -283,10 +284,11 @@ class EndToEndStudy:
         return rows[(rows["model"] == self.loaded.name) & (self.layers == 0)]
 
     @property
-    def whole_on_gpu(self) -> str:
-        """The model's name where all of it decodes one sequence on one GPU, of which ratios are claimed; else empty."""
+    def ratios_model(self) -> str:
+        """The model's name where ratios are claimed: all of it decodes one sequence on one GPU of those; else empty."""
         whole = self.on_gpu and not self.layers and self.batch_size == processes.count() == 1
-        return self.loaded.name if whole else ""
+        card = provenance(self.run.device)["device"]
+        return self.loaded.name if whole and has_ratios(card, self.prompt_tokens) else ""
 
     def _inputs(self, method: str, backend: str) -> dict[str, Any]:
         """Everything that decides a case's numbers, the machine among it, as plain values."""
@@ -347,7 +349,7 @@ class EndToEndStudy:
             del eager
             _free()
             torch.cuda.reset_peak_memory_stats()
-            others = torch.cuda.memory_allocated() - size - _whole_cache_bytes(engine)
+            others = torch.cuda.memory_allocated() - size - scratch_bytes(model) - _whole_cache_bytes(engine)
             captured = backend not in _WAITING and engine.capture()
         before = preemptions()
         runs = [engine.generate(self.prompt) for _ in range(self.repeats)]

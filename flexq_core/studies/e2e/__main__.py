@@ -75,7 +75,7 @@ def _measure(arguments: list[str] | None, device: str) -> int:
                     step, "step", caption=f"A decode step by method, {study.loaded.name}, batch {study.batch_size}"
                 )
     print(table.T.to_string(float_format=lambda value: f"{value:.4g}"))
-    for claim, holds, detail in claims(table, study.whole_on_gpu):
+    for claim, holds, detail in claims(table, study.ratios_model):
         print(f"{ {True: 'holds', False: 'FAILS', None: 'cannot tell'}[holds]:<12}{claim} ({detail})")
     return 0
 

@@ -156,11 +156,19 @@ def block_weight_bytes(model: nn.Module) -> int:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers here, memory that several share counted once, and of what torch packs out of sight."""
+    """Bytes of all parameters and buffers here, memory that several share counted once, and of what torch packs out of sight.
+
+    What layers only write to, `scratch_bytes`, is left out: it is no weight, and a step does not read it from memory.
+    """
     tensors = map(local_part, (*model.parameters(), *model.buffers()))
     held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
     hidden = sum(layer.hidden_bytes() for layer in model.modules() if isinstance(layer, DynamicInt8Linear))
-    return sum(held.values()) + hidden
+    return sum(held.values()) + hidden - scratch_bytes(model)
+
+
+def scratch_bytes(model: nn.Module) -> int:
+    """Bytes of the rows that INT8 layers keep for few tokens' codes."""
+    return sum(local_part(layer.rows).nbytes for layer in model.modules() if isinstance(layer, Int8Linear))
 
 
 def _int8_rows(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

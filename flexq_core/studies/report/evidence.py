@@ -109,7 +109,7 @@ RIVALS: dict[str, Callable[[str], bool]] = {
 
 def ratios(records: pd.DataFrame, study: str, metric: str, rival: str) -> pd.DataFrame:
     """How many times as much a rival takes as FlexQ: rows of {model, metric, ratio, method, rival, device, on_gpu,
-    parameters}.
+    parameters, time}; time is that of FlexQ's record.
 
     FlexQ is a method whose name begins so, and in 03_kernels its compiled backends.  metric: the metric's name, or its
     beginning.  rival: a key of RIVALS.  Both were measured on the same device with the same parameters, those apart that
@@ -128,13 +128,13 @@ def ratios(records: pd.DataFrame, study: str, metric: str, rival: str) -> pd.Dat
         if best:
             found.append(
                 {
-                    **{name: mine[name] for name in ("model", "metric", "method", "device", "parameters")},
+                    **{name: mine[name] for name in ("model", "metric", "method", "device", "parameters", "time")},
                     "ratio": best["value"] / mine["value"],
                     "rival": best["method"],
                     "on_gpu": _on_gpu(mine),
                 }
             )
-    columns = ["model", "metric", "ratio", "method", "rival", "device", "on_gpu", "parameters"]
+    columns = ["model", "metric", "ratio", "method", "rival", "device", "on_gpu", "parameters", "time"]
     return pd.DataFrame(found, columns=columns)
 
 
@@ -161,21 +161,30 @@ class Ratios(NamedTuple):
 
 
 def _of_one_card(table: pd.DataFrame) -> tuple[str, pd.DataFrame]:
-    """The GPU with the most rows, of several such the one measured last, and its rows: those of two make no mean."""
-    counts = table[table["on_gpu"].astype(bool)].groupby("device", sort=False).size()
-    card = "" if counts.empty else counts[::-1].idxmax()
-    return card, table[(table["device"] == card) & table["on_gpu"].astype(bool)]
+    """The GPU with the most rows, of several such the one measured last, and its rows: those of two make no mean.
+
+    table: of `ratios`, and of it only what is compared.
+    """
+    table = table[table["on_gpu"].astype(bool)]
+    cards = table.groupby("device")["time"].agg(["size", "max"]).sort_values(["size", "max"])
+    card = "" if cards.empty else cards.index[-1]
+    return card, table[table["device"] == card]
 
 
 def kernel_ratios(records: pd.DataFrame, rival: str) -> Ratios:
     """The rival's time over FlexQ's on one GPU, products alone, with the kernel figure's bits: (N, K, tokens) → ratio."""
     bits = {(r.outputs, r.features): r.activation_bits for r in paper.kernel_speedups().itertuples()}
     best: dict[tuple[int, int, int], float] = {}
-    card, table = _of_one_card(ratios(records, "03_kernels", "gemm_us", rival))
+
+    def compared(p: Mapping[str, Any]) -> bool:
+        shape = (p.get("outputs"), p.get("features"))
+        return shape in bits and p.get("activation_bits") == bits[shape] and p.get("weight_bits", 6) == 6
+
+    table = ratios(records, "03_kernels", "gemm_us", rival)
+    card, table = _of_one_card(table[table["parameters"].map(compared).astype(bool)])
     for p, ratio in zip(table["parameters"], table["ratio"], strict=True):
-        case = (p.get("outputs"), p.get("features"), p.get("tokens"))
-        if p.get("activation_bits") == bits.get(case[:2]) and p.get("weight_bits", 6) == 6:
-            best[case] = max(best.get(case, 0.0), ratio)
+        case = (p["outputs"], p["features"], p["tokens"])
+        best[case] = max(best.get(case, 0.0), ratio)
     return Ratios(card, best)
 
 
@@ -202,14 +211,10 @@ def end_to_end_ratios(records: pd.DataFrame, quantity: str, rival: str) -> Ratio
     """
     if quantity == "memory":
         records = _memory(records)
-    card, table = _of_one_card(ratios(records, "04_e2e", QUANTITIES[quantity][0], rival))
-    lengths = table["metric"].str.extract(r"/(\d+)$")[0] if len(table) else []
-    found = {
-        (row.model, int(length)): row.ratio
-        for row, length in zip(table.itertuples(), lengths, strict=True)
-        if pd.notna(length) and row.parameters.get("batch_size", row.parameters.get("batch", 1)) == 1
-    }
-    return Ratios(card, found)
+    table = ratios(records, "04_e2e", QUANTITIES[quantity][0], rival)
+    alone = table["parameters"].map(lambda p: p.get("batch_size", p.get("batch", 1)) == 1).astype(bool)
+    card, table = _of_one_card(table[alone & table["metric"].astype(str).str.fullmatch(r".*/\d+")])
+    return Ratios(card, {(row.model, int(row.metric.split("/")[-1])): row.ratio for row in table.itertuples()})
 
 
 def paper_end_to_end_ratios() -> pd.DataFrame:

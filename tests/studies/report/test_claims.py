@@ -4,7 +4,7 @@ import pytest
 
 from flexq_core.sources import paper
 from flexq_core.studies.report.claims import NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Tolerance, judge, paper_claims
-from flexq_core.studies.report.evidence import paper_increases, ratios, read_records
+from flexq_core.studies.report.evidence import end_to_end_ratios, paper_increases, ratios, read_records
 from tests.studies.report.cases import CPU, GPU, verdict
 
 
@@ -97,6 +97,28 @@ def test_two_cards_make_no_mean_the_one_with_more_cases_is_judged_and_named(time
     assert verdict("at batch 1, the mean of 20 shapes").detail.endswith(", first")
     time_kernels(speedup=9.0, machine=GPU | {"device": "second"})
     assert verdict("4096 × 4096 (llama-7b").detail.startswith("second: batch 1: 9.00×")
+
+
+def test_of_two_cards_with_as_many_cases_the_one_measured_last_is_judged(time_kernels):
+    for hour, card, tokens in ((0, "first", 1), (1, "second", 1), (1, "second", 4), (2, "first", 4)):
+        machine = GPU | {"device": card, "time": f"2026-01-01T0{hour}:00:00+00:00"}
+        time_kernels(speedup=1.2, cases={(4096, 4096, tokens)}, machine=machine)
+    assert verdict("4096 × 4096 (llama-7b").detail.startswith("first: ")
+
+
+def test_what_the_paper_does_not_show_makes_no_card_the_one_judged(time_kernels, record):
+    time_kernels(speedup=1.2, cases={(4096, 4096, 1)}, machine=GPU | {"device": "first"})
+    other = GPU | {"device": "second"}
+    combination = {"outputs": 4096, "features": 4096, "tokens": 1, "weight_bits": 2, "activation_bits": 8}
+    for parameters in (combination, combination | {"outputs": 64, "weight_bits": 6}):
+        for method in ("cublas-int8", "bmma"):
+            record("03_kernels", "layer", method, {"gemm_us": 1.0}, other, **parameters)
+    assert verdict("4096 × 4096 (llama-7b").detail.startswith("first: ")
+    for card, batch_size in (("first", 1), ("second", 4), ("second", 8)):
+        for method, total_s in (("w8a8", 2.0), ("flexq", 1.0)):
+            shared = {"weights": "random", "output_tokens": [128], "batch_size": batch_size}
+            record("04_e2e", "llama-7b", method, {"total_s/128": total_s}, GPU | {"device": card}, **shared)
+    assert end_to_end_ratios(read_records(), "latency", "W8A8") == ("first", {("llama-7b", 128): 2.0})
 
 
 def test_other_widths_of_weights_are_not_flexqs_six(time_kernels, record):
