@@ -53,7 +53,7 @@ from flexq_core.workbook.records import (
     write_atomically,
     write_jsonl,
 )
-from flexq_core.workbook.run import Run
+from flexq_core.workbook.run import Run, print_claims
 
 Shape = tuple[int, int]
 """N × K: outputs and features of a linear layer."""
@@ -628,8 +628,7 @@ def _print(study: KernelStudy, table: pd.DataFrame) -> None:
     _show(table)
     if study.card:
         _show(mean_speedups(table))
-    for claim, holds, detail in claims(table, study.card):
-        print(f"{ {True: 'holds', False: 'FAILS', None: 'cannot tell'}[holds]:<12}{claim} ({detail})")
+    print_claims(claims(table, study.card))
 
 
 if __name__ == "__main__":

@@ -43,13 +43,13 @@ def sections(records: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     if len(kernels):
         kernels = kernels[kernels["activations"] == _SHOWN].drop(columns="activations")
     decode = kernels.get("tokens", pd.Series(dtype=int)) < PREFILL_FROM
-    few, many, models = kernels[decode], kernels[~decode], model_table(records)
+    few, many, models = kernels[decode], kernels[~decode], model_times(records)
     for told, table in (_DECODE_TOLD, few.drop(columns="TOP/s", errors="ignore")), (_PREFILL_TOLD, many):
         if len(table):
             yield told, table
     if len(models):
-        random = set(_model_times(records)["weights"]) == {"random"}
-        yield _MODELS_TOLD.format(weights=" with random weights" if random else ""), models
+        random = set(models["weights"]) == {"random"}
+        yield _MODELS_TOLD.format(weights=" with random weights" if random else ""), model_table(models)
 
 
 def kernel_times(records: pd.DataFrame) -> pd.DataFrame:
@@ -87,12 +87,11 @@ def kernel_table(records: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def model_table(records: pd.DataFrame) -> pd.DataFrame:
-    """What 04_e2e has timed of whole models, each on one GPU; empty without records.
+def model_table(times: pd.DataFrame) -> pd.DataFrame:
+    """`model_times` as text.
 
     A row a model, batch, prompt, longest output, way of running (_ENGINE, backend) and method, beside FP16 of the same.
     """
-    times = _model_times(records)
     setting = ["device", "model", "batch_size", "prompt_tokens", "output_tokens", *_ENGINE]
     told = [name for name in _ENGINE if times[name].nunique() > 1]
     told += ["backend"] * (times.loc[times["backend"] != "torch", "backend"].nunique() > 1)
@@ -110,8 +109,11 @@ def model_table(records: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _model_times(records: pd.DataFrame) -> pd.DataFrame:
-    """The newest of each case of whole models on one GPU. output_tokens: the longest, over whose steps tpot_ms is a median."""
+def model_times(records: pd.DataFrame) -> pd.DataFrame:
+    """What 04_e2e has timed of whole models on one GPU, the newest of each case, one row each.
+
+    output_tokens: the longest, over whose steps tpot_ms is a median.
+    """
     mine = records[records["study"] == "04_e2e"]
     whole = mine["parameters"].map(
         lambda p: "prompt_tokens" in p and not p.get("layers") and p.get("processes", 1) == 1

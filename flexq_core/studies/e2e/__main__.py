@@ -15,7 +15,7 @@ from flexq_core.studies.e2e.decode import COMPILE_MODES
 from flexq_core.studies.e2e.parallel import ParallelStudy
 from flexq_core.workbook.machine import outputs_of
 from flexq_core.workbook.records import Records, current, read_jsonl, write_jsonl
-from flexq_core.workbook.run import Run
+from flexq_core.workbook.run import Run, print_claims
 
 STUDY = "04_e2e"
 
@@ -75,8 +75,7 @@ def _measure(arguments: list[str] | None, device: str) -> int:
                     step, "step", caption=f"A decode step by method, {study.loaded.name}, batch {study.batch_size}"
                 )
     print(table.T.to_string(float_format=lambda value: f"{value:.4g}"))
-    for claim, holds, detail in claims(table, study.ratios_model):
-        print(f"{ {True: 'holds', False: 'FAILS', None: 'cannot tell'}[holds]:<12}{claim} ({detail})")
+    print_claims(claims(table, study.ratios_model))
     return 0
 
 
