@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(kMostWarps * 32) norm_quantize_kernel(const __
     }
   wait_for_previous_kernel();
   if (token >= p.tokens) {
-    for (int group = warp; group < p.groups; group += warps) quantize_group({}, p, token, group, lane);
+    float zeros[4] = {};
+    for (int group = warp; group < p.groups; group += warps) quantize_group(zeros, p, token, group, lane);
     return;
   }
 

@@ -1,5 +1,5 @@
-// What every kernel that quantises activations shares: a warp takes one group of one token, four neighbouring numbers a lane, and one
-// function decides codes and scale, so that a fused kernel cannot differ from the plain one.
+// What every kernel that quantises activations shares: one function decides codes and scale, so that a fused kernel cannot differ from
+// the plain one.
 #pragma once
 #include <initializer_list>
 #include <stdexcept>
@@ -114,18 +114,26 @@ __device__ __forceinline__ uint32_t exchange_digits(uint32_t word, uint32_t lowe
   return word ^ different ^ (different << kApart);
 }
 
-// Writes codes and scale of group `group` of a token, of which this lane holds numbers 4 lane to 4 lane + 3. By a whole warp.
-__device__ __forceinline__ void quantize_group(const float (&value)[4], const Records& p, int token, int group, int lane) {
-  // Bits of absolute values order as the values do, with infinity and NaN above all: neither is lost.
+// Bits of absolute values order as the values do, with infinity and NaN above all: neither is lost.
+template <int kCount>
+__device__ __forceinline__ uint32_t largest_bits(const float (&value)[kCount]) {
   uint32_t largest = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(value[i]) & 0x7fffffffu);
-  largest = __reduce_max_sync(0xffffffffu, largest);
-  const float most = float((1 << (p.bits - 1)) - 1);
+  for (int i = 0; i < kCount; ++i) largest = max(largest, __float_as_uint(value[i]) & 0x7fffffffu);
+  return largest;
+}
+
+constexpr uint32_t kCodeMagicBits = 0x4b400000u;  // of 1.5 * 2^23: added to it a number is rounded half to even
+
+// Numbers to codes, in the lowest byte of their bits (two's complement), and the scale of their group, whose largest absolute value
+// has the bits `largest`.
+template <int kCount>
+__device__ __forceinline__ float quantize(float (&value)[kCount], uint32_t largest, int bits, uint32_t (&code)[kCount]) {
+  const float most = float((1 << (bits - 1)) - 1);
   // A group that is not finite keeps no codes, and its scale makes each of its token's outputs NaN.
   const float scale = largest < 0x7f800000u ? __fdiv_rn(__uint_as_float(largest), most) : __uint_as_float(0x7fffffffu);
 
-  float lifted[4] = {value[0], value[1], value[2], value[3]}, divisor = scale;
+  float divisor = scale;
   if (!(scale >= 0x1p-100f && scale <= 0x1p120f)) {
     // Nothing to divide; or so small that remainders would be subnormal, then 2^120 times both; or so large (which takes two or three
     // bits) that the reciprocal would be, then 2^-20 times. A subnormal scale is coarse, and quotients by it may exceed what codes can
@@ -133,47 +141,63 @@ __device__ __forceinline__ void quantize_group(const float (&value)[4], const Re
     const float lift = scale < 1.0f ? 0x1p120f : 0x1p-20f;
     divisor = scale > 0.0f ? scale * lift : 1.0f;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      lifted[i] = scale > 0.0f ? fminf(fmaxf(value[i] * lift, (-most - 1.0f) * divisor), most * divisor) : 0.0f;
+    for (int i = 0; i < kCount; ++i)
+      value[i] = scale > 0.0f ? fminf(fmaxf(value[i] * lift, (-most - 1.0f) * divisor), most * divisor) : 0.0f;
   }
   // The reciprocal is shared, and one step of Markstein's makes each quotient the correctly rounded one.
   const float inverse = __frcp_rn(divisor);
-  float quotient[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float close = __fmul_rn(lifted[i], inverse);
-    quotient[i] = __fmaf_rn(__fmaf_rn(-close, divisor, lifted[i]), inverse, close);
+  for (int i = 0; i < kCount; ++i) {
+    const float close = __fmul_rn(value[i], inverse);
+    const float quotient = __fmaf_rn(__fmaf_rn(-close, divisor, value[i]), inverse, close);
+    code[i] = __float_as_uint(__fadd_rn(quotient, __uint_as_float(kCodeMagicBits)));
   }
-  // Added to 1.5 * 2^23 a number is rounded half to even, and the lowest byte of the bits is its code in two's complement.
-  constexpr uint32_t kMagicBits = 0x4b400000u;
-  uint32_t code[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) code[i] = __float_as_uint(__fadd_rn(quotient[i], 12582912.0f));
+  return scale;
+}
 
-  const int m = token % kTokenTile, tile = token / kTokenTile & (p.token_tiles - 1);
-  const int64_t block = token / kTokenTile >> (31 - __clz(p.token_tiles));
-  const int tile_bytes = activation_tile_bytes(p.order, p.bits);
-  uint8_t* record = p.start + (block * p.groups + group) * activation_record_bytes(p.order, p.bits, p.token_tiles);
-  uint8_t* out = record + tile * tile_bytes;
+__device__ __forceinline__ uint32_t lowest_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+// Where a token's group goes: its tile's codes and its scale.
+struct Place {
+  uint8_t* tile;
+  float* scale;
+  int m;  // the token's number in the tile
+
+  __device__ __forceinline__ Place(const Records& p, int token, int group) {
+    m = token % kTokenTile;
+    const int t = token / kTokenTile & (p.token_tiles - 1), tile_bytes = activation_tile_bytes(p.order, p.bits);
+    const int64_t block = token / kTokenTile >> (31 - __clz(p.token_tiles));
+    uint8_t* record = p.start + (block * p.groups + group) * activation_record_bytes(p.order, p.bits, p.token_tiles);
+    tile = record + t * tile_bytes;
+    scale = reinterpret_cast<float*>(record + p.token_tiles * tile_bytes) + scale_at(p.order, t, m);
+  }
+};
+
+// Writes codes and scale of group `group` of a token, of which this lane holds numbers 4 lane to 4 lane + 3. By a whole warp.
+__device__ __forceinline__ void quantize_group(float (&value)[4], const Records& p, int token, int group, int lane) {
+  uint32_t code[4];
+  const float scale = quantize(value, __reduce_max_sync(0xffffffffu, largest_bits(value)), p.bits, code);
+  const Place place(p, token, group);
+  const int m = place.m;
   if (p.order != Order::planes) {
-    const uint32_t low = __byte_perm(code[0], code[1], 0x0040), high = __byte_perm(code[2], code[3], 0x0040);
     const int unit = lane / 16 * 4 + lane % 4, q = lane % 16 / 4;  // word `unit` of lane q of the weights
     const int at = p.order == Order::bytes ? lane / 16 * 512 + m * 64 + lane % 16 * 4 : m * kGroup + (unit ^ m) * 16 + q * 4;
-    *reinterpret_cast<uint32_t*>(out + at) = __byte_perm(low, high, 0x5410);
+    *reinterpret_cast<uint32_t*>(place.tile + at) = lowest_bytes(code[0], code[1], code[2], code[3]);
   } else {
     // Lane 8 w + j holds k = 32 w + 4 j + i, i = 0 .. 3; lane 8 w + p is to write plane p of k = 32 w .. 32 w + 31. With the two digits of
     // i in reverse, three exchanges take a bit's place from (i, j) to (j, i).
-    const uint32_t even = __byte_perm(code[0], code[2], 0x0040), odd = __byte_perm(code[1], code[3], 0x0040);
-    uint32_t word = transpose_bytes_of_eight_lanes(__byte_perm(even, odd, 0x5410), lane);
+    uint32_t word = transpose_bytes_of_eight_lanes(lowest_bytes(code[0], code[2], code[1], code[3]), lane);
     word = exchange_digits<4, 2>(word, 0x0000f0f0u);
     word = exchange_digits<3, 1>(word, 0x00cc00ccu);
     word = exchange_digits<2, 0>(word, 0x0a0a0a0au);
     const int plane = lane % 8;
-    if (plane < p.bits) *reinterpret_cast<uint32_t*>(out + plane * 128 + m * 16 + lane / 8 * 4) = word;
-    const int sum = __reduce_add_sync(0xffffffffu, int(code[0] + code[1] + code[2] + code[3] - 4 * kMagicBits));
-    if (lane == 0) *reinterpret_cast<int32_t*>(out + p.bits * 128 + m * 4) = sum;
+    if (plane < p.bits) *reinterpret_cast<uint32_t*>(place.tile + plane * 128 + m * 16 + lane / 8 * 4) = word;
+    const int sum = __reduce_add_sync(0xffffffffu, int(code[0] + code[1] + code[2] + code[3] - 4 * kCodeMagicBits));
+    if (lane == 0) *reinterpret_cast<int32_t*>(place.tile + p.bits * 128 + m * 4) = sum;
   }
-  if (lane == 0) *reinterpret_cast<float*>(record + p.token_tiles * tile_bytes + scale_at(p.order, tile, m) * 4) = scale;
+  if (lane == 0) *place.scale = scale;
 }
 
 // Tokens with those that fill the last block of tiles.

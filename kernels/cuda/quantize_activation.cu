@@ -39,6 +39,7 @@ struct SiluMul {
   }
 };
 
+// A warp takes a group of a token, four neighbouring numbers a lane.
 template <class Operation>
 __global__ void __launch_bounds__(kWarps * 32) quantize_activation_kernel(const __grid_constant__ Operation operation,
                                                                           const __grid_constant__ Records p, bool vectors) {
@@ -52,10 +53,49 @@ __global__ void __launch_bounds__(kWarps * 32) quantize_activation_kernel(const 
   quantize_group(value, p, token, group, lane);
 }
 
+// In swizzled order, that of many tokens, a lane's 16 numbers are one vector of codes: word `unit` of the weights' four lanes q. A warp
+// takes four groups of a token, a block those of a tile, so that it reads rows and writes records a kilobyte at a time.
+constexpr int kSwizzledGroups = 4;
+
+template <class Operation>
+__global__ void __launch_bounds__(kTokenTile * 32) quantize_swizzled_kernel(const __grid_constant__ Operation operation,
+                                                                            const __grid_constant__ Records p, bool vectors) {
+  allow_next_kernel();
+  const int lane = threadIdx.x % 32, unit = lane % 8, token = blockIdx.x * kTokenTile + threadIdx.x / 32;
+  const int group = blockIdx.y * kSwizzledGroups + lane / 8;
+  wait_for_previous_kernel();
+  float value[16] = {};
+  if (token < p.tokens) {
+    float four[4][4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) operation(four[q], token, group * kGroup + unit / 4 * 64 + q * 16 + unit % 4 * 4, p.features, vectors);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) value[i] = four[i / 4][i % 4];
+  }
+  uint32_t largest = largest_bits(value);
+#pragma unroll
+  for (int step = 4; step > 0; step /= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+  if (group >= p.groups) return;
+  uint32_t code[16];
+  const float scale = quantize(value, largest, p.bits, code);
+  const Place place(p, token, group);
+  uint32_t words[4];
+#pragma unroll
+  for (int q = 0; q < 4; ++q) words[q] = lowest_bytes(code[4 * q], code[4 * q + 1], code[4 * q + 2], code[4 * q + 3]);
+  *reinterpret_cast<uint4*>(place.tile + place.m * kGroup + (unit ^ place.m) * 16) = make_uint4(words[0], words[1], words[2], words[3]);
+  if (unit == 0) *place.scale = scale;
+}
+
 template <class Operation>
 void run(const char* what, const Operation& operation, const Records& records, bool vectors, cudaStream_t stream) {
-  const dim3 grid(padded_tokens(records), (records.groups + kWarps - 1) / kWarps);
-  launch(what, quantize_activation_kernel<Operation>, grid, kWarps * 32, 0, 1, stream, operation, records, vectors);
+  const int tokens = padded_tokens(records);
+  if (records.order == Order::swizzled) {
+    const dim3 grid(tokens / kTokenTile, (records.groups + kSwizzledGroups - 1) / kSwizzledGroups);
+    launch(what, quantize_swizzled_kernel<Operation>, grid, kTokenTile * 32, 0, 1, stream, operation, records, vectors);
+  } else {
+    const dim3 grid(tokens, (records.groups + kWarps - 1) / kWarps);
+    launch(what, quantize_activation_kernel<Operation>, grid, kWarps * 32, 0, 1, stream, operation, records, vectors);
+  }
 }
 
 }  // namespace

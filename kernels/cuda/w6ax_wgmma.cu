@@ -33,6 +33,7 @@ struct Shape {
   static constexpr int kTeams = kTokens == 64 ? 2 : 1, kConsumerWarps = kTeams * kTeamWarps, kConsumers = kConsumerWarps * 32;
   static constexpr int kRegisters = kTokens >= 128 ? 240 : kTokens == 64 ? 112 : 0;  // 0: as the compiler allots them
   static constexpr int kThreads = kConsumers + (kRegisters ? 128 : 32), kBlocksAtOnce = kRegisters ? 1 : 2;
+  static constexpr bool kLateFinish = kTokens >= 128;  // with many tokens registers are short, and time is not
   static constexpr bool kManyTiles = kTokens == 256;  // a block takes more than one where there are more than blocks at once
   static constexpr int kChunks = kRows / kChunkRows;
   static constexpr int kRecordBytes = activation_record_bytes(Order::swizzled, 8, kTokens / kTokenTile);
@@ -83,11 +84,32 @@ __device__ __forceinline__ void store_turned(const Linear& p, const float (&sums
   }
 }
 
+// The last step of four neighbouring outputs, the first at a multiple of four.
+struct FinishFour {
+  Finish of[4];
+
+  __device__ __forceinline__ FinishFour(const Linear& p, int n) : of{{p, n}, {p, n + 1}, {p, n + 2}, {p, n + 3}} {}
+
+  __device__ __forceinline__ void store(const Linear& p, int token, int n, const float4& sum) const {
+    if (token >= p.tokens || n >= p.outputs) return;
+    const float y[4] = {of[0](sum.x * kExpandedUnit), of[1](sum.y * kExpandedUnit), of[2](sum.z * kExpandedUnit), of[3](sum.w * kExpandedUnit)};
+    const int64_t at = int64_t(token) * p.outputs + n;
+    if (p.outputs % 4 == 0) return store_four_floats(p.y, at, p.y_type, y);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (n + i < p.outputs) store_float(p.y, at + i, p.y_type, y[i]);
+  }
+};
+
+__device__ __forceinline__ float4 operator+(const float4& a, const float4& b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+
+constexpr int kRowFours = kRows / 4;
+
 // Adds up a tile's sums of a block's teams and of a cluster's blocks, and stores them. They go through `shared`, [token][output], so that
-// neighbouring threads store neighbouring outputs. `finish` is that of output threadIdx.x % kRows of the tile.
+// neighbouring threads store neighbouring outputs, four each. `finish` is that of outputs 4 (threadIdx.x % kRowFours) and on of the tile.
 template <int kTokens, int kUnit, int kStages>
 __device__ __forceinline__ void add_up_and_store(const Linear& p, const float (&sums)[kTokens / kUnit][kUnit / 2], uint8_t* shared,
-                                                 int first_output, int first_token, int split, int rank, const Finish& finish) {
+                                                 int first_output, int first_token, int split, int rank, const FinishFour& finish) {
   using Parts = Shape<kTokens, kUnit, kStages>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, team = warp / kTeamWarps;
   const auto cluster = cooperative_groups::this_cluster();
@@ -104,37 +126,34 @@ __device__ __forceinline__ void add_up_and_store(const Linear& p, const float (&
     threads_meet<Parts::kConsumers>();
   else
     cluster.sync();  // threads that have left do not count
-  const int row = threadIdx.x % kRows;
-  constexpr int kAtOnce = Parts::kConsumers / kRows;  // tokens
+  const int row = threadIdx.x % kRowFours * 4;
+  constexpr int kAtOnce = Parts::kConsumers / kRowFours;  // tokens
   const auto teams_sum = [&](const float* sums_of_block, int m) {
-    const float* at = sums_of_block + m * Parts::kSumStride + row;
-    return Parts::kTeams == 1 ? at[0] : at[0] + at[Parts::kTeamSums];
+    const auto* at = reinterpret_cast<const float4*>(sums_of_block + m * Parts::kSumStride + row);
+    return Parts::kTeams == 1 ? at[0] : at[0] + at[Parts::kTeamSums / 4];
   };
-  const auto finish_token = [&](int m, float sum) {
-    if (first_token + m < p.tokens && first_output + row < p.outputs)
-      store_float(p.y, int64_t(first_token + m) * p.outputs + first_output + row, p.y_type, finish(sum * kExpandedUnit));
-  };
+  const auto finish_token = [&](int m, const float4& sum) { finish.store(p, first_token + m, first_output + row, sum); };
   if (split == 1) {
-#pragma unroll 8
-    for (int m = threadIdx.x / kRows; m < kTokens; m += kAtOnce) finish_token(m, teams_sum(buffer, m));
+#pragma unroll 4
+    for (int m = threadIdx.x / kRowFours; m < kTokens; m += kAtOnce) finish_token(m, teams_sum(buffer, m));
   } else {
     // All parts of several tokens are asked for before the first is needed: a neighbour's memory is far.
-    constexpr int kBatch = kTokens >= 8 * kAtOnce ? 4 : 1;
+    constexpr int kBatch = kTokens >= 128 ? 4 : 1;
     const int stride = split * kAtOnce;
-    for (int first = rank * kAtOnce + threadIdx.x / kRows; first < kTokens; first += kBatch * stride) {
-      float parts[kBatch][kMostSplit];
+    for (int first = rank * kAtOnce + threadIdx.x / kRowFours; first < kTokens; first += kBatch * stride) {
+      float4 parts[kBatch][kMostSplit];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
 #pragma unroll
         for (int r = 0; r < kMostSplit; ++r) {
           const int m = first + i * stride;
-          parts[i][r] = r < split && m < kTokens ? teams_sum(cluster.map_shared_rank(buffer, r), m) : 0.0f;
+          parts[i][r] = r < split && m < kTokens ? teams_sum(cluster.map_shared_rank(buffer, r), m) : float4{};
         }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        float sum = 0.0f;
+        float4 sum = {};
 #pragma unroll
-        for (int r = 0; r < kMostSplit; ++r) sum += parts[i][r];
+        for (int r = 0; r < kMostSplit; ++r) sum = sum + parts[i][r];
         if (first + i * stride < kTokens) finish_token(first + i * stride, sum);
       }
     }
@@ -228,8 +247,8 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
     };
     for (int tile = first_tile; tile < tiles; tile += next_tile) {
       const int first_output = tile / token_tiles * kRows, first_token = tile % token_tiles * kTokens;
-      const int thread_output = first_output + threadIdx.x % kRows;
-      const Finish thread_finish(p, Parts::kManyTiles ? p.outputs : thread_output);  // with many tokens registers are short, and time is not
+      const int thread_output = first_output + threadIdx.x % kRowFours * 4;
+      const FinishFour thread_finish(p, Parts::kLateFinish ? p.outputs : thread_output);
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit)
 #pragma unroll
@@ -253,7 +272,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
         for (int unit = 0; unit < kUnits; ++unit) {
           int32_t(&sum)[kUnit / 2] = inner[unit % kBuffers];
           const float4* scales = sx + unit * kUnit / 4;  // of tokens 16 j + 2 q, + 1, + 8 and + 9 at 4 j
-          float4 early[kEarlyScales + 1];         // an array of none is no C++
+          float4 early[kEarlyScales + 1];                // an array of none is no C++
 #pragma unroll
           for (int j = 0; j < kEarlyScales; ++j) early[j] = scales[4 * j];
           if (unit + 1 < kUnits) {
@@ -291,7 +310,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
         }
       }
       add_up_and_store<kTokens, kUnit, kStages>(p, sums, shared, first_output, first_token, split, rank,
-                                                Parts::kManyTiles ? Finish(p, thread_output) : thread_finish);
+                                                Parts::kLateFinish ? FinishFour(p, thread_output) : thread_finish);
       break;
     }
   }

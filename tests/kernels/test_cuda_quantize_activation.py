@@ -17,7 +17,7 @@ gpu = pytest.mark.gpu
 DEVICE = "cuda"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 ODD_FEATURES = [1, 6, 128, 200, 1030, 1152, 5001]
-both = pytest.mark.parametrize("backend", ["imma", "bmma"])
+each = pytest.mark.parametrize("backend", ["imma", "bmma", "wgmma"])
 bits_6_8 = pytest.mark.parametrize("bits", [6, 8])
 every_width = pytest.mark.parametrize("bits", range(2, 9))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -27,7 +27,7 @@ tokens_odd = pytest.mark.parametrize("tokens", [1, 3, 8, 17, 33, 65])
 def decode(records, tokens, features, bits, backend):
     """Records → codes int64 [M', G * 128] and scales float32 [M', G], M' with the tokens that fill the last block."""
     groups, tiles = -(-features // 128), cuda.token_tiles(tokens, backend)
-    tile_bytes = 8 * 128 if backend == "imma" else bits * 128 + 32
+    tile_bytes = bits * 128 + 32 if backend == "bmma" else 8 * 128
     blocks = -(-tokens // (8 * tiles))
     data = records.cpu().numpy().reshape(blocks, groups, tiles * (tile_bytes + 32))
     scales = np.ascontiguousarray(data[..., tiles * tile_bytes :]).view("<f4").reshape(blocks, groups, tiles, 8)
@@ -35,6 +35,16 @@ def decode(records, tokens, features, bits, backend):
     if backend == "imma":
         codes = area.view(np.int8).astype(np.int64).reshape(blocks, groups, tiles, 2, 8, 64)  # k / 64, token, k % 64
         codes = codes.transpose(0, 2, 4, 1, 3, 5)
+    elif backend == "wgmma":
+        units = (
+            area.view(np.int8).astype(np.int64).reshape(blocks, groups, tiles, 8, 8, 4, 4)
+        )  # token, 16 bytes, k / 16 % 4, k % 4
+        units = np.stack([units[:, :, :, m, np.arange(8) ^ m] for m in range(8)], 3)  # 16 bytes are k / 64, k / 4 % 4
+        codes = units.reshape(blocks, groups, tiles, 8, 2, 4, 4, 4).transpose(0, 2, 3, 1, 4, 6, 5, 7)
+        scales = scales.reshape(blocks, groups, tiles // 2, 4, 2, 2).transpose(
+            0, 1, 2, 4, 3, 5
+        )  # token / 2 % 4, token / 8 % 2, token % 2
+        scales = scales.reshape(blocks, groups, tiles, 8)
     else:
         planes = area[..., : bits * 128].reshape(blocks, groups, tiles, bits, 8, 16)  # plane, token, k / 8
         ones = np.unpackbits(planes, axis=-1, bitorder="little")
@@ -118,7 +128,7 @@ def layer_norm(x, weight, bias, eps):
 
 
 @gpu
-@both
+@each
 @bits_6_8
 @dtypes
 @tokens_odd
@@ -130,7 +140,7 @@ def test_plain_and_relu_equal_the_definition_bit_for_bit(tokens, dtype, bits, ba
 
 
 @gpu
-@both
+@each
 @every_width
 def test_each_code_at_each_place(bits, backend):
     """One number of a token is the largest, at every place in turn; and a ramp through all codes."""
@@ -147,7 +157,7 @@ def test_each_code_at_each_place(bits, backend):
 
 
 @gpu
-@both
+@each
 @every_width
 def test_quotients_beside_halves_round_as_the_division_does(bits, backend):
     """Numbers within a few units in the last place of where a code changes, for scales of every mantissa and size."""
@@ -164,7 +174,7 @@ def test_quotients_beside_halves_round_as_the_division_does(bits, backend):
 
 
 @gpu
-@both
+@each
 @every_width
 def test_the_smallest_and_the_largest_numbers(bits, backend):
     generator = torch.Generator().manual_seed(3)
@@ -186,7 +196,7 @@ def test_the_smallest_and_the_largest_numbers(bits, backend):
 
 
 @gpu
-@both
+@each
 @bits_6_8
 @dtypes
 @tokens_odd
@@ -199,7 +209,7 @@ def test_silu_times_up(tokens, dtype, bits, backend):
 
 
 @gpu
-@both
+@each
 @bits_6_8
 @dtypes
 def test_silu_times_up_is_exact_where_the_exponential_does_not_matter(dtype, bits, backend):
@@ -213,7 +223,7 @@ def test_silu_times_up_is_exact_where_the_exponential_does_not_matter(dtype, bit
 
 
 @gpu
-@both
+@each
 @dtypes
 @pytest.mark.parametrize("residual", [False, True])
 @tokens_odd
@@ -229,7 +239,7 @@ def test_rms_norm(tokens, residual, dtype, backend):
 
 
 @gpu
-@both
+@each
 @dtypes
 @pytest.mark.parametrize("residual", [False, True])
 @tokens_odd
@@ -255,7 +265,7 @@ def signs(tokens, features, dtype):
 
 
 @gpu
-@both
+@each
 @bits_6_8
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("features", [2, 200, 1030, 4096, 5002, 9000, 16384])
@@ -278,7 +288,7 @@ def test_norms_are_exact_where_nothing_is_left_to_rounding(features, dtype, bits
 
 
 @gpu
-@both
+@each
 def test_the_variance_of_numbers_far_from_zero(backend):
     """The sum of squares less the square of the sum would have no digit left."""
     x = random(9, 4096, torch.float32, scale=1.0) + 3000
@@ -292,7 +302,7 @@ def test_the_variance_of_numbers_far_from_zero(backend):
 
 
 @gpu
-@both
+@each
 @dtypes
 def test_strided_rows(dtype, backend):
     """Views of wide tensors: aligned, misaligned, with rows apart, of step two, transposed, repeated."""
@@ -315,7 +325,7 @@ def test_strided_rows(dtype, backend):
 
 
 @gpu
-@both
+@each
 @dtypes
 @tokens_odd
 def test_the_halves_of_one_tensor_are_gate_and_up(tokens, dtype, backend):
@@ -331,7 +341,7 @@ def test_the_halves_of_one_tensor_are_gate_and_up(tokens, dtype, backend):
 
 
 @gpu
-@both
+@each
 @dtypes
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("features", [384, 1030])
@@ -361,7 +371,7 @@ def test_what_is_not_finite_is_not_lost(features, value, dtype, backend):
 
 
 @gpu
-@both
+@each
 def test_results_beyond_the_type_are_not_finite_either(backend):
     """60000 + 60000 and 300 * 300 are infinite in float16, as they are for torch."""
     big = torch.full((3, 200), 6e4, device=DEVICE, dtype=torch.float16)
@@ -372,7 +382,7 @@ def test_results_beyond_the_type_are_not_finite_either(backend):
 
 
 @gpu
-@both
+@each
 def test_more_tokens_than_a_grid_has_rows(backend):
     """A grid has 65535 rows at most; prefill of a batch has more tokens."""
     x = random(65_600, 130, torch.float16)
@@ -383,7 +393,7 @@ def test_more_tokens_than_a_grid_has_rows(backend):
 
 
 @gpu
-@both
+@each
 @bits_6_8
 def test_the_largest_layers(bits, backend):
     for tokens in (1, 16):
@@ -393,7 +403,7 @@ def test_the_largest_layers(bits, backend):
 
 
 @gpu
-@both
+@each
 def test_no_tokens(backend):
     x, weight = torch.empty(0, 300, device=DEVICE), torch.ones(300, device=DEVICE)
     assert cuda.quantize_activation(x, 6, backend).numel() == 0
@@ -404,7 +414,7 @@ def test_no_tokens(backend):
 
 
 @gpu
-@both
+@each
 def test_equal_calls_give_equal_bits_whatever_tokens_are_beside(backend):
     x, weight = random(16, 5120, torch.float16), random(1, 5120, torch.float16, 2)[0]
     first = run(cuda.rms_norm_quantize, x, weight, 1e-6, bits=8, backend=backend)
@@ -414,7 +424,7 @@ def test_equal_calls_give_equal_bits_whatever_tokens_are_beside(backend):
 
 
 @gpu
-@both
+@each
 @bits_6_8
 @dtypes
 def test_the_linear_kernels_take_the_records(dtype, bits, backend):
@@ -463,7 +473,7 @@ class Block:
 
 
 @gpu
-@both
+@each
 @pytest.mark.parametrize("tokens", [1, 16, 70])
 def test_launches_that_overlap_give_what_launches_apart_give(tokens, backend):
     """On Hopper a kernel starts while the one before it runs: a wait forgotten would show here, eager or replayed."""
