@@ -33,7 +33,7 @@ MOST_NORM_FEATURES = 16384
 """That a block keeps in registers (norm_quantize.cu)."""
 
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_TOKEN_TILES = {"imma": (1, 2, 4, 8), "bmma": (1, 2), "wgmma": (2, 4, 8, 16, 32)}
+_TOKEN_TILES = {"imma": (1, 2, 4, 8), "bmma": (1, 2), "wgmma": (2, 4, 8, 16)}
 """Of 8 tokens, that a block of a backend's kernel can compute at once."""
 _BUILT_TOGETHER = {(6, 6), (6, 8)}
 """Bits of weights and activations that `bmma` has in the build of all kernels; others have builds of their own."""

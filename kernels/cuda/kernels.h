@@ -37,23 +37,29 @@ inline void check(cudaError_t status, const char* what) {
 
 inline void check_launch(const char* what) { check(cudaGetLastError(), what); }
 
+inline int multiprocessor_count(const char* what) {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), what);
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), what);
+  return count;
+}
+
 // How many blocks of a kernel the current card runs at once, or 0 where it has too little shared memory for one. Asked once a
 // kernel and card, since every call of a layer wants to know.
 template <class Kernel>
 int blocks_at_once(const char* what, Kernel kernel, int threads, int shared_bytes) {
   static std::mutex guard;
   static std::map<std::pair<Kernel, int>, int> known;  // kernels of one signature share these
-  int device = 0, multiprocessors = 0, most = 0, blocks = 0;
+  int device = 0, most = 0, blocks = 0;
   check(cudaGetDevice(&device), what);
   const std::lock_guard<std::mutex> held(guard);
   const auto found = known.find({kernel, device});
   if (found != known.end()) return found->second;
   check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
   if (shared_bytes > most) return known[{kernel, device}] = 0;
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), what);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), what);
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), what);
-  return known[{kernel, device}] = blocks * multiprocessors;
+  return known[{kernel, device}] = blocks * multiprocessor_count(what);
 }
 
 // A launch that may start while the kernel before it on the stream still runs, where the card can (Hopper and later); `cluster`

@@ -10,6 +10,8 @@
 // the tokens from its neighbours' shared memory, in their order: the result does not depend on timing.
 #include <cooperative_groups.h>
 
+#include <algorithm>
+
 #include "expand.cuh"
 #include "kernels.h"
 #include "layout.cuh"
@@ -23,22 +25,28 @@ constexpr int kRows = 128;       // of a tile
 constexpr int kTeamWarps = 8;    // two warpgroups
 constexpr int kMostSplit = 8;    // blocks of a cluster
 constexpr int kLeastGroups = 4;  // of a block of a cluster
+constexpr int kFewGroups = 48;   // with which adding up counts
+constexpr int kMostRecordTokens = 128;
 
-// kUnit: tokens that are multiplied at once.
-template <int kTokens, int kUnit, int kStages>
+constexpr int in_1024(int bytes) { return (bytes + 1023) / 1024 * 1024; }
+
+// kUnit: tokens that are multiplied at once.  kTeams: of two warpgroups each, which take the groups in turn.
+template <int kTokens, int kUnit, int kTeams, int kStages>
 struct Shape {
-  // With up to 32 tokens two blocks fit a multiprocessor, and one multiplies while the other waits. With 64 a block has two teams for
-  // that, which take the groups in turn. From there on the multiplying warps want more registers than their share: they take those
-  // of the fetching warp, for which it has a warpgroup to itself, since registers move between whole ones only.
-  static constexpr int kTeams = kTokens == 64 ? 2 : 1, kConsumerWarps = kTeams * kTeamWarps, kConsumers = kConsumerWarps * 32;
-  static constexpr int kRegisters = kTokens >= 128 ? 240 : kTokens == 64 ? 112 : 0;  // 0: as the compiler allots them
-  static constexpr int kThreads = kConsumers + (kRegisters ? 128 : 32), kBlocksAtOnce = kRegisters ? 1 : 2;
-  static constexpr bool kLateFinish = kTokens >= 128;  // with many tokens registers are short, and time is not
+  static constexpr int kConsumerWarps = kTeams * kTeamWarps, kConsumers = kConsumerWarps * 32;
+  // With up to 64 tokens two blocks fit a multiprocessor, or one of two teams, and one multiplies while the other waits. From 64 on the
+  // multiplying warps want more registers than their share: they take those of the fetching warp, for which it has a warpgroup to itself,
+  // since registers move between whole ones only. What it gives must be enough, or they wait for ever.
+  static constexpr int kRegisters = kTokens >= 128 ? 240 : kTokens < 64 ? 0 : kTeams == 2 ? 112 : 104;  // 0: as the compiler allots them
+  static constexpr int kThreads = kConsumers + (kRegisters ? 128 : 32), kBlocksAtOnce = kTokens >= 128 || kTeams == 2 ? 1 : 2;
+  static constexpr bool kLateFinish = kTokens >= 64;  // with many tokens registers are short, and time is not
   static constexpr bool kManyTiles = kTokens == 256;  // a block takes more than one where there are more than blocks at once
   static constexpr int kChunks = kRows / kChunkRows;
-  static constexpr int kRecordBytes = activation_record_bytes(Order::swizzled, 8, kTokens / kTokenTile);
-  // Swizzled operands begin at multiples of 1024 bytes, and so does every stage: the record first, then the chunks.
-  static constexpr int kStageBytes = (kRecordBytes + kChunks * kChunkBytes + 1023) / 1024 * 1024;
+  static constexpr int kRecordTokens = kTokens < kMostRecordTokens ? kTokens : kMostRecordTokens, kRecords = kTokens / kRecordTokens;
+  static constexpr int kRecordBytes = activation_record_bytes(Order::swizzled, 8, kRecordTokens / kTokenTile);
+  // Swizzled operands begin at multiples of 1024 bytes, and so do every stage and every record in it; the chunks follow the last.
+  static constexpr int kRecordStride = in_1024(kRecordBytes), kChunksAt = (kRecords - 1) * kRecordStride + kRecordBytes;
+  static constexpr int kStageBytes = in_1024(kChunksAt + kChunks * kChunkBytes), kFetchedBytes = kRecords * kRecordBytes + kChunks * kChunkBytes;
   static constexpr int kSumStride = kRows + 4;  // floats; 8 q + g are 32 different banks
   static constexpr int kTeamSums = kTokens * kSumStride;
   static constexpr int kTurnedBytes = kManyTiles ? kUnit * 16 * 2 : 0;  // of a warp: a unit of its 16 outputs, two bytes each
@@ -107,10 +115,10 @@ constexpr int kRowFours = kRows / 4;
 
 // Adds up a tile's sums of a block's teams and of a cluster's blocks, and stores them. They go through `shared`, [token][output], so that
 // neighbouring threads store neighbouring outputs, four each. `finish` is that of outputs 4 (threadIdx.x % kRowFours) and on of the tile.
-template <int kTokens, int kUnit, int kStages>
+template <int kTokens, int kUnit, int kTeams, int kStages>
 __device__ __forceinline__ void add_up_and_store(const Linear& p, const float (&sums)[kTokens / kUnit][kUnit / 2], uint8_t* shared,
                                                  int first_output, int first_token, int split, int rank, const FinishFour& finish) {
-  using Parts = Shape<kTokens, kUnit, kStages>;
+  using Parts = Shape<kTokens, kUnit, kTeams, kStages>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, team = warp / kTeamWarps;
   const auto cluster = cooperative_groups::this_cluster();
   threads_meet<Parts::kConsumers>();
@@ -130,7 +138,7 @@ __device__ __forceinline__ void add_up_and_store(const Linear& p, const float (&
   constexpr int kAtOnce = Parts::kConsumers / kRowFours;  // tokens
   const auto teams_sum = [&](const float* sums_of_block, int m) {
     const auto* at = reinterpret_cast<const float4*>(sums_of_block + m * Parts::kSumStride + row);
-    return Parts::kTeams == 1 ? at[0] : at[0] + at[Parts::kTeamSums / 4];
+    return kTeams == 1 ? at[0] : at[0] + at[Parts::kTeamSums / 4];
   };
   const auto finish_token = [&](int m, const float4& sum) { finish.store(p, first_token + m, first_output + row, sum); };
   if (split == 1) {
@@ -163,12 +171,13 @@ __device__ __forceinline__ void add_up_and_store(const Linear& p, const float (&
 
 #endif
 
-template <int kTokens, int kUnit, int kStages>
-__global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shape<kTokens, kUnit, kStages>::kBlocksAtOnce)
+template <int kTokens, int kUnit, int kTeams, int kStages>
+__global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThreads, Shape<kTokens, kUnit, kTeams, kStages>::kBlocksAtOnce)
     w6ax_wgmma_kernel(const __grid_constant__ Linear p, int token_tiles, int tiles, int split) {
 #if __CUDA_ARCH__ >= 900  // the host never launches it elsewhere
-  using Parts = Shape<kTokens, kUnit, kStages>;
-  constexpr int kUnits = kTokens / kUnit, kBuffers = kUnits > 1 ? 2 : 1;
+  using Parts = Shape<kTokens, kUnit, kTeams, kStages>;
+  constexpr int kUnits = kTokens / kUnit, kUnitsOfRecord = kUnits / Parts::kRecords, kBuffers = kUnits > 1 ? 2 : 1;
+  const auto record_at = [](int unit) { return unit / kUnitsOfRecord * Parts::kRecordStride; };  // bytes
   // Vectors of scales that are read before the sums are waited for: as many as registers are left for.
   constexpr int kEarlyScales = kTokens == 256 ? 2 : kTokens == 128 ? kUnit / 16 : 0;
   extern __shared__ uint8_t unaligned[];
@@ -195,47 +204,49 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
     if constexpr (Parts::kRegisters > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (warp > Parts::kConsumerWarps) return;
     const uint64_t policy = token_tiles == 1 ? evict_first() : evict_last();
-    int fetched = 0;  // stages, of the tiles before
+    int stage = 0, parity = 0;
     for (int tile = first_tile; tile < tiles; tile += next_tile) {
       // Lane c fetches chunk c of the tile's outputs; past the last outputs the last chunk is read again, and nothing of it is stored.
-      const int last = (p.outputs - 1) / kChunkRows, chunk = tile / token_tiles * Parts::kChunks + lane;
-      const uint8_t* weights = p.weight + (int64_t(chunk < last ? chunk : last) * p.groups + first_group) * kChunkBytes;
-      const uint8_t* records = p.activations + (int64_t(tile % token_tiles) * p.groups + first_group) * Parts::kRecordBytes;
-      const auto fetch_weights = [&](int step) {
-        const int s = (fetched + step) % kStages;
-        if (lane == 0) barrier_expect(full + s, Parts::kRecordBytes + Parts::kChunks * kChunkBytes);
+      const int chunk = min(tile / token_tiles * Parts::kChunks + lane, (p.outputs - 1) / kChunkRows);
+      const uint8_t* weights = p.weight + (int64_t(chunk) * p.groups + first_group) * kChunkBytes;
+      // Lane r record r of the tile's tokens.
+      const int record = min(tile % token_tiles * Parts::kRecords + lane, (p.tokens - 1) / Parts::kRecordTokens);
+      const uint8_t* records = p.activations + (int64_t(record) * p.groups + first_group) * Parts::kRecordBytes;
+      const auto fetch_weights = [&](int s) {
+        if (lane == 0) barrier_expect(full + s, Parts::kFetchedBytes);
         __syncwarp();
-        if (lane < Parts::kChunks)
-          bulk_copy(shared + s * Parts::kStageBytes + Parts::kRecordBytes + lane * kChunkBytes, weights + int64_t(step) * kChunkBytes,
-                    kChunkBytes, full + s, policy);
+        uint8_t* const to = shared + s * Parts::kStageBytes + Parts::kChunksAt + lane * kChunkBytes;
+        if (lane < Parts::kChunks) bulk_copy(to, weights, kChunkBytes, full + s, policy);
+        weights += kChunkBytes;
       };
-      const auto fetch_record = [&](int step) {
-        const int s = (fetched + step) % kStages;
-        if (lane == 0)
-          bulk_copy(shared + s * Parts::kStageBytes, records + int64_t(step) * Parts::kRecordBytes, Parts::kRecordBytes, full + s);
+      const auto fetch_records = [&](int s) {
+        uint8_t* const to = shared + s * Parts::kStageBytes + lane * Parts::kRecordStride;
+        if (lane < Parts::kRecords) bulk_copy(to, records, Parts::kRecordBytes, full + s);
+        records += Parts::kRecordBytes;
       };
-      int step = 0;
-      if (fetched == 0) {  // weights do not depend on the kernel before, activations do
-        const int at_once = groups < kStages ? groups : kStages;
-        for (; step < at_once; ++step) fetch_weights(step);
+      int left = groups;
+      if (tile == first_tile) {  // weights do not depend on the kernel before, activations do
+        const int at_once = min(groups, kStages);
+        for (int s = 0; s < at_once; ++s) fetch_weights(s);
         wait_for_previous_kernel();
-        for (step = 0; step < at_once; ++step) fetch_record(step);
+        for (int s = 0; s < at_once; ++s) fetch_records(s);
+        left -= at_once, stage = at_once;
+        if (stage == kStages) stage = 0, parity ^= 1;
       }
-      for (; step < groups; ++step) {
-        const int stage = fetched + step;
-        if (stage >= kStages) barrier_wait(empty + stage % kStages, (stage / kStages + 1) % 2);
-        fetch_weights(step);
-        fetch_record(step);
+      for (; left > 0; --left) {
+        barrier_wait(empty + stage, parity ^ 1);  // of a stage never filled: at once
+        fetch_weights(stage);
+        fetch_records(stage);
+        if (++stage == kStages) stage = 0, parity ^= 1;
       }
-      fetched += groups;
       if constexpr (!Parts::kManyTiles) break;
     }
   } else {
     if constexpr (Parts::kRegisters > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Parts::kRegisters));
     // This warp's half chunk: rows 64 * warpgroup + 16 (warp % 4) of the tile.
-    const int team = Parts::kTeams == 1 ? 0 : warp / kTeamWarps, warpgroup = warp % kTeamWarps / 4;
+    const int team = kTeams == 1 ? 0 : warp / kTeamWarps, warpgroup = warp % kTeamWarps / 4;
     const int warp_row = warpgroup * 64 + warp % 4 * 16;
-    const int chunk_at = Parts::kRecordBytes + (warpgroup * 2 + warp % 4 / 2) * kChunkBytes;
+    const int chunk_at = Parts::kChunksAt + (warpgroup * 2 + warp % 4 / 2) * kChunkBytes;
     float sums[kUnits][kUnit / 2];
     int32_t inner[kBuffers][kUnit / 2];  // of units in turn: while the tensor cores fill one, the other is scaled and added
     uint32_t words[12], a[4][4];
@@ -246,22 +257,21 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
       load_half(here + chunk_at, warp % 2, lane, words);
     };
     for (int tile = first_tile; tile < tiles; tile += next_tile) {
-      const int first_output = tile / token_tiles * kRows, first_token = tile % token_tiles * kTokens;
-      const int thread_output = first_output + threadIdx.x % kRowFours * 4;
-      const FinishFour thread_finish(p, Parts::kLateFinish ? p.outputs : thread_output);
+      const auto finish_of_thread = [&] { return FinishFour(p, tile / token_tiles * kRows + threadIdx.x % kRowFours * 4); };
+      const FinishFour early_finish = Parts::kLateFinish ? FinishFour(p, p.outputs) : finish_of_thread();
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit)
 #pragma unroll
         for (int e = 0; e < kUnit / 2; ++e) sums[unit][e] = 0.0f;
       if (team < groups) load_words();
-      for (int step = team; step < groups; step += Parts::kTeams) {
+      for (int step = team; step < groups; step += kTeams) {
         const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(here + chunk_at + kCodeBytes + g * 8 + warp % 2 * 4));
-        const auto* sx = reinterpret_cast<const float4*>(here + kTokens * kGroup) + q;
+        const auto* sx = reinterpret_cast<const float4*>(here + Parts::kRecordTokens * kGroup) + q;
         const uint64_t tokens = swizzled_operand(shared_address(here));
         const auto multiply = [&](int unit) {
           wgmma_fence();
 #pragma unroll
-          for (int s = 0; s < 4; ++s) wgmma_s8<kUnit>(inner[unit % kBuffers], a[s], tokens + (unit * kUnit * kGroup + 32 * s) / 16, s > 0);
+          for (int s = 0; s < 4; ++s) wgmma_s8<kUnit>(inner[unit % kBuffers], a[s], tokens + (record_at(unit) + unit % kUnitsOfRecord * kUnit * kGroup + 32 * s) / 16, s > 0);
           wgmma_commit();
         };
         uint64_t* const done = empty + stage;
@@ -271,7 +281,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
 #pragma unroll
         for (int unit = 0; unit < kUnits; ++unit) {
           int32_t(&sum)[kUnit / 2] = inner[unit % kBuffers];
-          const float4* scales = sx + unit * kUnit / 4;  // of tokens 16 j + 2 q, + 1, + 8 and + 9 at 4 j
+          const float4* scales = sx + (record_at(unit) / 16 + unit % kUnitsOfRecord * kUnit / 4);  // of tokens 16 j + 2 q, + 1, + 8 and + 9 at 4 j
           float4 early[kEarlyScales + 1];                // an array of none is no C++
 #pragma unroll
           for (int j = 0; j < kEarlyScales; ++j) early[j] = scales[4 * j];
@@ -279,9 +289,9 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
             multiply(unit + 1);
             wgmma_wait<1>(sum);
           } else {
-            stage += Parts::kTeams, here += Parts::kTeams * Parts::kStageBytes;
+            stage += kTeams, here += kTeams * Parts::kStageBytes;
             if (stage >= kStages) stage -= kStages, parity ^= 1, here -= kStages * Parts::kStageBytes;
-            if (step + Parts::kTeams < groups) load_words();
+            if (step + kTeams < groups) load_words();
             wgmma_wait<0>(sum);
           }
 #pragma unroll
@@ -299,6 +309,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
       }
       wait_for_previous_kernel();
 
+      const int first_output = tile / token_tiles * kRows, first_token = tile % token_tiles * kTokens;
       if constexpr (Parts::kManyTiles) {
         if (split == 1 && p.y_type != Float::f32) {
           const int output = first_output + warp_row;
@@ -309,21 +320,22 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
           continue;
         }
       }
-      add_up_and_store<kTokens, kUnit, kStages>(p, sums, shared, first_output, first_token, split, rank,
-                                                Parts::kLateFinish ? FinishFour(p, thread_output) : thread_finish);
+      add_up_and_store<kTokens, kUnit, kTeams, kStages>(p, sums, shared, first_output, first_token, split, rank,
+                                                        Parts::kLateFinish ? finish_of_thread() : early_finish);
       break;
     }
   }
 #endif
 }
 
-template <int kTokens, int kUnit, int kStages>
+int tiles_of(const Linear& p, int tokens) { return (p.outputs + kRows - 1) / kRows * ((p.tokens + tokens - 1) / tokens); }
+
+template <int kTokens, int kUnit, int kTeams, int kStages>
 void run(const Linear& p, cudaStream_t stream) {
-  using Parts = Shape<kTokens, kUnit, kStages>;
-  const auto kernel = w6ax_wgmma_kernel<kTokens, kUnit, kStages>;
+  using Parts = Shape<kTokens, kUnit, kTeams, kStages>;
+  const auto kernel = w6ax_wgmma_kernel<kTokens, kUnit, kTeams, kStages>;
   const int at_once = blocks_at_once("w6ax_wgmma", kernel, Parts::kThreads, Parts::kSharedBytes);
-  const int token_tiles = (p.tokens + kTokens - 1) / kTokens;
-  const int tiles = (p.outputs + kRows - 1) / kRows * token_tiles;
+  const int tiles = tiles_of(p, kTokens);
   int split = kMostSplit;  // the most with which all clusters run at once and each block has a few groups to itself
   while (split > 1 && (p.groups < kLeastGroups * split ||
                        tiles > clusters_at_once("w6ax_wgmma", kernel, Parts::kThreads, Parts::kSharedBytes, split)))
@@ -331,19 +343,23 @@ void run(const Linear& p, cudaStream_t stream) {
   // Float32 outputs are stored through the stages, so that a block has no more than one tile of them.
   const bool many_tiles = Parts::kManyTiles && split == 1 && p.y_type != Float::f32;
   const int blocks = many_tiles && tiles > at_once ? at_once : tiles * split;
-  launch("w6ax_wgmma", kernel, dim3(blocks), Parts::kThreads, Parts::kSharedBytes, split, stream, p, token_tiles, tiles, split);
+  launch("w6ax_wgmma", kernel, dim3(blocks), Parts::kThreads, Parts::kSharedBytes, split, stream, p, (p.tokens + kTokens - 1) / kTokens, tiles,
+         split);
 }
 
 }  // namespace
 
 void w6ax_wgmma(const Linear& p, int token_tiles, cudaStream_t stream) {
+  const int multiprocessors = multiprocessor_count("w6ax_wgmma");
   switch (token_tiles) {
-    case 2: return run<16, 16, 5>(p, stream);
-    case 4: return run<32, 32, 4>(p, stream);
-    case 8: return run<64, 64, 8>(p, stream);
-    case 16: return run<128, 128, 7>(p, stream);
-    case 32: return run<256, 64, 4>(p, stream);
-    default: throw std::invalid_argument("token_tiles is " + std::to_string(token_tiles) + "; accepted: 2, 4, 8, 16, 32");
+    case 2: return run<16, 16, 1, 5>(p, stream);
+    case 4: return run<32, 32, 1, 4>(p, stream);
+    case 8:  // two blocks at once take more tiles at once, one of two teams adds up with fewer neighbours
+      return tiles_of(p, 64) > multiprocessors ? run<64, 64, 1, 5>(p, stream) : run<64, 64, 2, 8>(p, stream);
+    case 16:  // the larger tile reads less, the smaller takes less adding up
+      if (p.tokens <= 128 || (p.groups <= kFewGroups && tiles_of(p, 128) <= multiprocessors)) return run<128, 128, 1, 7>(p, stream);
+      return run<256, 64, 1, 4>(p, stream);
+    default: throw std::invalid_argument("token_tiles is " + std::to_string(token_tiles) + "; accepted: 2, 4, 8, 16");
   }
 }
 
