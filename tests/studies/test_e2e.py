@@ -1,13 +1,17 @@
 """End to end: the loop writes what transformers writes, memory is what hand counting gives, wrong values are refused first."""
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pandas as pd
 import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from flexq_core.quant.layers import linear_layers
 from flexq_core.quant.plan import LayerPrecision, PlanError, PrecisionPlan
@@ -293,8 +297,8 @@ def test_smoothing_moves_outliers_into_weights_and_leaves_the_model_alone(archit
 def as_on_gpu(run):
     """A study of random weights that builds its models as it does on a GPU, on this processor."""
 
-    def make(model: str) -> EndToEndStudy:
-        study = EndToEndStudy(run, **SMALL | {"model": model, "weights": "random", "layers": 2})
+    def make(model: str, layers: int = 2) -> EndToEndStudy:
+        study = EndToEndStudy(run, **SMALL | {"model": model, "weights": "random", "layers": layers})
         study.on_gpu = True
         study.loaded = study._random(keep=False)
         return study
@@ -315,6 +319,49 @@ def test_on_a_gpu_every_method_runs_in_merged_blocks_made_one_at_a_time(as_on_gp
         assert len({id(m.config) for m in made.modules() if hasattr(m, "config")}) == 1
         difference = study._checked_difference(made, method)
         assert least <= difference <= 0.2
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors made while this is entered: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.held: dict[int, int] = {}
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.held:
+                    self.held[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self._let_go, storage._cdata)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+        return result
+
+    def _let_go(self, storage: int) -> None:
+        self.now -= self.held.pop(storage)
+
+
+@pytest.mark.parametrize("method", ["fp16", "w8a8", "smoothquant-w8a8", "flexq"])
+def test_of_blocks_made_one_at_a_time_a_deeper_model_holds_no_more_in_full(as_on_gpu, method):
+    beside = {}
+    gc.collect()
+    gc.disable()  # memory that waits for the collector is memory that a GPU lacks
+    try:
+        for layers in (2, 5):
+            study = as_on_gpu("demo-llama", layers)
+            if method == "smoothquant-w8a8":
+                study._ranges  # noqa: B018 - so that its own blocks are not counted
+            with LiveBytes() as live:
+                model = study.build(method, "reference")
+            beside[layers] = live.peak - model_bytes(model)
+    finally:
+        gc.enable()
+    block = study.loaded.model.model.layers[0]
+    assert beside[5] - beside[2] < 0.05 * model_bytes(block)
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
