@@ -364,6 +364,13 @@ def test_of_blocks_made_one_at_a_time_a_deeper_model_holds_no_more_in_full(as_on
     assert beside[5] - beside[2] < 0.05 * model_bytes(block)
 
 
+def test_a_model_whose_blocks_are_made_anew_holds_none(as_on_gpu):
+    study = as_on_gpu("demo-llama")
+    with LiveBytes() as live:
+        model = study._random(keep=False).model
+    assert live.now < 1.01 * model_bytes(model)
+
+
 def _blocks(model: nn.Module) -> nn.ModuleList:
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList))
 
