@@ -6,7 +6,7 @@ SHELL := /bin/sh
 BIN := .venv/bin
 ON_CARD = --outputs "outputs/reference/$(or $(MACHINE),{card})"
 KERNELS = $(BIN)/python -m flexq_core.studies.kernels $(ON_CARD) --repeats 10
-END_TO_END = $(BIN)/python -m flexq_core.studies.e2e $(ON_CARD) --weights random --methods fp16 w8a16 w8a8 fp8 flexq
+END_TO_END = $(BIN)/python -m flexq_core.studies.e2e $(ON_CARD) --weights random --output-tokens 128 256 512 1024
 LIBRARIES = torch-fp16 cublas-int8 cublaslt-fp8
 DECODE = 1 4 8 16 32 64
 PREFILL = 128 256 512 1024 2048 4096 8192
@@ -56,9 +56,12 @@ kernels: env  ## time the paper's shapes on this machine's GPU into outputs/refe
 	@$(KERNELS) --shapes $(SWEPT) --tokens $(DECODE) $(PREFILL) --methods imma wgmma $(LIBRARIES) --activation-bits 6 8
 	@$(KERNELS) --shapes 28672x8192 4096x4096 --tokens 1 4 8 --methods torchao-int8wo
 
-end-to-end: env  ## time LLaMA-13B and 7B with random weights on this machine's GPU, end to end, into the same folder
-	@$(END_TO_END) --model llama-13b
-	@$(END_TO_END) --model llama-7b
+end-to-end: env  ## time the paper's models with random weights on this machine's GPU, end to end, into the same folder
+	@$(END_TO_END) --model llama-13b --methods flexq fp16 w8a8 fp8 smoothquant-w8a8 w8a16 w6a6 w6a8
+	@$(END_TO_END) --model llama-2-70b --methods flexq
+	@$(END_TO_END) --model llama-13b --methods flexq fp16 --prompt-tokens 1024
+	@for model in llama-7b llama-30b opt-30b; do $(END_TO_END) --model $$model --methods flexq fp16 w8a8 || exit 1; done
+	@$(END_TO_END) --model llama-13b --methods flexq fp16 w8a8 --batch-size 4 8
 
 readme: env  ## make the README's results tables from outputs/reference/
 	@$(BIN)/python -m flexq_core.workbook readme

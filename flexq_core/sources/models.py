@@ -179,11 +179,14 @@ def random_model(
     for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
         parameter.data = parameter.data.to(dtype)
     place, blocks = next((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m))
+    kind = type(blocks[0])
+    model.set_submodule(place, torch.nn.ModuleList())  # the one that showed the kind takes its full size
+    del blocks
 
     def make(index: int) -> Any:
         # Made where it will live: a 13B model need not pass through this machine's memory.
         with _seeded(seed + 1 + index, device):
-            block = type(blocks[0])(config, layer_idx=index).apply(model._init_weights)
+            block = kind(config, layer_idx=index).apply(model._init_weights)
         block = block.to(dtype).eval().requires_grad_(False)
         block = block if convert is None else convert(f"{place}.{index}", block)
         for part in block.modules():

@@ -23,22 +23,31 @@ AT_MOST_PREEMPTIONS = 1.0
 """Preemptions a token above which a machine is too busy to tell: on a quiet one there are hardly any."""
 
 RATIOS_PROMPT = 128
-"""Tokens of the prompt with which ratios are claimed."""
+"""Tokens of the prompt with which ratios of decoding and of memory are claimed."""
+PREFILL_PROMPT = 1024
+"""Tokens of the prompt with which only the first token is claimed."""
 AT_LEAST_AS_FAST = {
-    "llama-13b": {"fp16": 2.0, "w8a8": 1.33, "fp8": 1.2},
+    "llama-13b": {"fp16": 2.0, "w8a8": 1.33, "smoothquant-w8a8": 1.33, "fp8": 1.2},
     **{model: {"fp16": 1.9} for model in ("llama-7b", "llama-30b", "opt-30b")},
 }
 """Model on a GPU → method → how many times as long as FlexQ it takes for a token."""
-AT_LEAST_AS_SMALL = {"llama-13b": {"fp16": 2.28, "w8a8": 1.24}}
+AT_LEAST_AS_SMALL = {"llama-13b": {"fp16": 2.28, "w8a8": 1.24, "smoothquant-w8a8": 1.24}}
 """Model on a GPU → method → how many times as much memory as FlexQ its weights and cache take."""
+FP16_OVER_LIMIT = {"llama-7b": 4.68 / 3.17, "llama-13b": 8.28 / 6.1}
+"""Model → how many times its byte limit FP16 may take for a token, else FlexQ were compared with a straw man: ms that a careful
+torch.compile took on an H200, over the limit there, so that it holds of other cards."""
+ON_ONE_CARD = ("llama-2-70b",)
+"""Models that FP16 does not fit."""
 
 
-def claims(table: pd.DataFrame, model: str = "") -> list[tuple[str, bool | None, str]]:
+def claims(
+    table: pd.DataFrame, model: str = "", prompt_tokens: int = RATIOS_PROMPT
+) -> list[tuple[str, bool | None, str]]:
     """What this study claims, as (claim, whether the table bears it out, the numbers); None where it cannot tell.
 
     table: of `EndToEndStudy.table`. Claims are about `flexq` where it was measured, else the first of FlexQ's other methods.
     model: `EndToEndStudy.ratios_model`; of a model of AT_LEAST_AS_FAST its ratios are claimed, of others, and of methods that it
-    has no ratio for, that FlexQ is faster.
+    has no ratio for, that FlexQ is faster.  prompt_tokens: those of the table.
     """
     best = table.dropna(subset=["linear_weights_mib"]).drop_duplicates("method", keep="last").set_index("method")
     ours = next(
@@ -47,14 +56,15 @@ def claims(table: pd.DataFrame, model: str = "") -> list[tuple[str, bool | None,
     if ours is None:
         return [("FlexQ is measured", None, "methods name none of FlexQ's")]
     base, *others = (next((m for m in among if m in best.index), None) for among in (_UNQUANTISED, _INT8, ["fp8"]))
-    ratios = AT_LEAST_AS_FAST.get(model, {})
+    ratios = AT_LEAST_AS_FAST.get(model, {}) if prompt_tokens == RATIOS_PROMPT else {}
     speeds = [_speed_claim(best, ours, other, base) for other in (base, *others) if other and other not in ratios]
-    return [*_weight_claims(best, ours), *(_ratio_claims(best, ours, model) if ratios else []), *speeds]
+    whole = _ratio_claims(best, ours, model, prompt_tokens) if model in AT_LEAST_AS_FAST else []
+    return [*_weight_claims(best, ours), *whole, *_engine_claims(best, ours, model), *speeds]
 
 
 def has_ratios(card: str, prompt_tokens: int) -> bool:
     """Whether ratios are claimed of whole models on this card with such a prompt."""
-    return is_hopper(card) and prompt_tokens == RATIOS_PROMPT
+    return is_hopper(card) and prompt_tokens in (RATIOS_PROMPT, PREFILL_PROMPT)
 
 
 def _weight_claims(best: pd.DataFrame, ours: str) -> list[tuple[str, bool | None, str]]:
@@ -75,7 +85,7 @@ def _weight_claims(best: pd.DataFrame, ours: str) -> list[tuple[str, bool | None
     return found
 
 
-def _ratio_claims(best: pd.DataFrame, ours: str, model: str) -> list[tuple[str, bool | None, str]]:
+def _ratio_claims(best: pd.DataFrame, ours: str, model: str, prompt_tokens: int) -> list[tuple[str, bool | None, str]]:
     """How many times as long, and as much memory, the others take as FlexQ."""
     name = TITLES.get(ours, ours)
     memory = best["weights_mib"] + best["kv_cache_mib"]
@@ -92,8 +102,11 @@ def _ratio_claims(best: pd.DataFrame, ours: str, model: str) -> list[tuple[str, 
             AT_LEAST_AS_SMALL.get(model, {}),
             f"{name}'s weights and cache take at most 1 / {{0}} of {{1}}'s",
         ),
-        (best["ttft_ms"], "ms", {"fp16": 1}, f"{name}'s first token takes no longer than {{1}}'s"),
     ]
+    if prompt_tokens == PREFILL_PROMPT:
+        quantities = []
+    first = f"{name}'s first token after {prompt_tokens} takes no longer than {{1}}'s"
+    quantities.append((best["ttft_ms"], "ms", {"fp16": 1}, first))
     found: list[tuple[str, bool | None, str]] = []
     for values, unit, ratios, text in quantities:
         for other, least in ratios.items():
@@ -110,6 +123,30 @@ def _ratio_claims(best: pd.DataFrame, ours: str, model: str) -> list[tuple[str, 
             found.append(
                 (claim, None, f"{detail}; {obstacle}") if obstacle else (claim, bool(theirs / mine >= least), detail)
             )
+    return found
+
+
+def _engine_claims(best: pd.DataFrame, ours: str, model: str) -> list[tuple[str, bool | None, str]]:
+    """What a GPU's engine owes: tokens of the eager model, FP16 near its byte limit, and what FP16 has no room for."""
+    name = TITLES.get(ours, ours)
+    found: list[tuple[str, bool | None, str]] = []
+    compared = best.get("tokens_compared", pd.Series(dtype=float)).get(ours)
+    if pd.notna(compared):
+        agreed = best["tokens_as_eager"][ours]
+        text = f"{name}'s tokens of the captured step are those of the eager model"
+        found.append((text, bool(agreed == compared), f"{agreed:.0f} of {compared:.0f}"))
+    beside = best.reindex(columns=["tpot_ms", "limit_ms"])
+    told = beside.apply(lambda r: f"{r['tpot_ms']:.4g} ms a token, its bytes take {r['limit_ms']:.4g} ms", axis=1)
+    times = beside["tpot_ms"] / beside["limit_ms"]
+    told += times.map(", {:.2f} ×".format)
+    if model in FP16_OVER_LIMIT and pd.notna(times.get("fp16")):
+        at_most = FP16_OVER_LIMIT[model]
+        text = f"{model}: FP16 takes at most {at_most:.2f} × as long for a token as its bytes"
+        obstacle = _obstacle(best, "fp16", "fp16")
+        detail = f"{told['fp16']}; {obstacle}" if obstacle else told["fp16"]
+        found.append((text, None if obstacle else bool(times["fp16"] <= at_most), detail))
+    if model in ON_ONE_CARD and pd.notna(times[ours]):
+        found.append((f"{model}: {name} decodes on one card", True, told[ours]))
     return found
 
 

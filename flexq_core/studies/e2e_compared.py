@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from flexq_core.studies.report.own_numbers import shared_memory_bars
 from flexq_core.workbook import figures
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ TITLES = {
     "bf16": "BF16",
     "w8a16": "W8A16, torch",
     "w8a8": "W8A8, torch",
+    "smoothquant-w8a8": "W8A8, SmoothQuant",
     "fp8": "FP8, torch",
     "w6a6": "W6A6",
     "flexq": "FlexQ",
@@ -71,6 +73,28 @@ def plot_latency(table: pd.DataFrame, model: str, published: pd.DataFrame) -> Fi
     return figure
 
 
+def published_note(published: pd.DataFrame) -> str:
+    """What to know of the paper's bars of this model, which `plot_memory` marks with a star; empty where there is nothing.
+
+    published: of `EndToEndStudy.published`.
+    """
+    told = []
+    for other, bars in _copied_bars(published).items():
+        lengths = (f"{tokens} tokens ({', '.join(map(_paper_title, bars[tokens]))})" for tokens in sorted(bars))
+        told.append(f"* Of the paper's memory bars those at {' and '.join(lengths)} equal {other}'s to the last digit.")
+    return " ".join(told)
+
+
+def _copied_bars(published: pd.DataFrame) -> dict[str, dict[int, list[str]]]:
+    """Memory bars of this model in the paper that are another's: other model → output tokens → methods."""
+    found: dict[str, dict[int, list[str]]] = {}
+    for one, another, tokens, method, _ in shared_memory_bars():
+        for mine, other in ((one, another), (another, one)):
+            if (published["model"] == mine).any():
+                found.setdefault(other, {}).setdefault(tokens, []).append(method)
+    return found
+
+
 def plot_memory(table: pd.DataFrame, model: str, published: pd.DataFrame) -> Figure:
     """Memory by method for the longest output: linear weights, the rest of the model, KV cache; below, the paper's."""
     measured = table.dropna(subset=["weights_mib"])
@@ -86,6 +110,8 @@ def plot_memory(table: pd.DataFrame, model: str, published: pd.DataFrame) -> Fig
     _finish(axis, bars, rows["weights_mib"] + rows["kv_cache_mib"], "", f"memory, {model} (MiB)")
     if len(longest):
         titles, colours = _titles_and_colours(longest, paper=True)
+        copied = {m for bars in _copied_bars(longest).values() for m in bars.get(longest["output_tokens"].max(), [])}
+        titles = [f"{title} *" if m in copied else title for title, m in zip(titles, longest["method"], strict=True)]
         bars = axes[1, 0].barh(titles, longest["memory_gb"], color=colours, alpha=0.6)
         _finish(axes[1, 0], bars, longest["memory_gb"], "", "paper's GPU (GB)")
     kinds = [
@@ -127,10 +153,13 @@ def plot_step(table: pd.DataFrame, model: str) -> Figure | None:
 
 
 def _titles_and_colours(rows: pd.DataFrame, *, paper: bool = False) -> tuple[list[str], list[str]]:
-    titles = [TITLES.get(method, method) for method in rows["method"]]
-    if paper:  # its INT8 is not torch's
-        titles = [title.removesuffix(", torch") for title in titles]
+    title = _paper_title if paper else lambda method: TITLES.get(method, method)
+    titles = [title(method) for method in rows["method"]]
     return titles, [_colour(method) for method in rows["method"]]
+
+
+def _paper_title(method: str) -> str:
+    return TITLES[method].removesuffix(", torch")  # its INT8 is not torch's
 
 
 def _finish(axis: Axes, bars: Any, totals: pd.Series, title: str, label: str, margin: float = 1.15) -> None:

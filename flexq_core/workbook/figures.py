@@ -19,7 +19,7 @@ METHOD_COLOURS = {
     "w8a8": "#cc79a7",
     "fp8": "#f0e442",
     "rtn-w6a6": NEUTRAL,
-    "smoothquant-w8a8": "#cc79a7",
+    "smoothquant-w8a8": "#8c4a73",
     "smoothquant-w6a6": "#e69f00",
     "w6a6": "#56b4e9",
     "flexq": MAIN,

@@ -16,6 +16,7 @@ Memory is counted from tensors, not asked of the system: a process's peak on a C
 everything before. On a GPU the allocator's peak of the run stands beside it.
 
     python -m flexq_core.studies.e2e --model llama-13b --methods fp16 w8a8 fp8 flexq --weights random --outputs FOLDER
+    python -m flexq_core.studies.e2e --model llama-13b --weights random --batch-size 1 4 8 --prompt-tokens 128 1024
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from flexq_core.runtime.convert import quantize_model, read_plan, replace_linear
 from flexq_core.runtime.fuse import fuse_
 from flexq_core.sources import paper
 from flexq_core.sources.models import LoadedModel, load_model, locate_model, random_model
-from flexq_core.studies.e2e import linears, processes
+from flexq_core.studies.e2e import linears, processes, smoothing
 from flexq_core.studies.e2e.decode import COMPILE_MODES, Engine, cache_bytes, total_ms
 from flexq_core.studies.e2e.linears import (
     DynamicInt8Linear,
@@ -47,12 +48,13 @@ from flexq_core.studies.e2e.linears import (
     Int8Linear,
     Int8WeightLinear,
     block_weight_bytes,
+    kernels_of,
     model_bytes,
     scratch_bytes,
 )
 from flexq_core.studies.e2e.steps import STEPS, parts_ms, step_bytes
 from flexq_core.studies.e2e_claims import claims, has_ratios
-from flexq_core.studies.e2e_compared import plot_latency, plot_memory, plot_step
+from flexq_core.studies.e2e_compared import plot_latency, plot_memory, plot_step, published_note
 from flexq_core.studies.kernels import KernelStudy
 from flexq_core.studies.parameters import counts, names, one_of, require_at_least
 from flexq_core.workbook.machine import preemptions, provenance
@@ -61,14 +63,16 @@ from flexq_core.workbook.records import Measurement, Skipped
 if TYPE_CHECKING:
     from flexq_core.workbook.run import Run
 
-__all__ = ["EndToEndStudy", "claims", "plot_latency", "plot_memory", "plot_step"]
+__all__ = ["EndToEndStudy", "claims", "plot_latency", "plot_memory", "plot_step", "published_note"]
 
 UNQUANTISED = "fp16"
-METHODS = (UNQUANTISED, "bf16", "w8a16", "w8a8", "fp8", *RULES)
-"""`fp16` is the model as it is, in float32 on a CPU. `w8a16`, `w8a8` and `fp8` are torch's own. The rest are FlexQ's plans."""
+SMOOTHQUANT = "smoothquant-w8a8"
+METHODS = (UNQUANTISED, "bf16", "w8a16", "w8a8", SMOOTHQUANT, "fp8", *RULES)
+"""`fp16` is the model as it is, in float32 on a CPU. `w8a16`, `w8a8` and `fp8` are torch's own, SmoothQuant's is on torch's INT8
+product. The rest are FlexQ's plans."""
 WEIGHTS = ("pretrained", "random")
 
-BOUNDS = {"fp16": 1e-2, "fp32": 1e-6, "bf16": 0.1, "w8a16": 0.1, "w8a8": 0.5, "fp8": 0.5}
+BOUNDS = {"fp16": 1e-2, "fp32": 1e-6, "bf16": 0.1, "w8a16": 0.1, "w8a8": 0.5, SMOOTHQUANT: 0.5, "fp8": 0.5}
 SIX_BIT_BOUND = 0.5
 """Relative difference of the prompt's logits, ‖a - b‖ / ‖b‖, up to which a method may be timed. They tell a wrong product, which
 leaves logits unrelated (about 1.4) or zero (1), from a rounded one; what rounding costs is 02_accuracy's question."""
@@ -154,6 +158,16 @@ class EndToEndStudy:
             )
         resolve_plan(self.custom_plan or "w6a6", self._shapes)
 
+    def resized(self, batch_size: int, prompt_tokens: int) -> EndToEndStudy:
+        """The same study, of the same loaded model, with another batch size and prompt. Raises ValueError as it is made."""
+        made = copy.copy(self)
+        for name in ("prompt", "_logits", "_checked", "_ranges"):
+            vars(made).pop(name, None)
+        require_at_least(1, prompt_tokens=prompt_tokens, batch_size=batch_size)
+        made.batch_size, made.prompt_tokens = batch_size, prompt_tokens
+        made._require_fit()
+        return made
+
     @cached_property
     def prompt(self) -> Tensor:
         """[batch_size, prompt_tokens] int64, random ids, the same for every method."""
@@ -188,7 +202,8 @@ class EndToEndStudy:
 
     def build(self, method: str, backend: str) -> nn.Module:
         """The model under this method, ready to run. Raises Skipped where this machine cannot run it."""
-        dtype = torch.bfloat16 if method == "bf16" or (method == "fp8" and self.on_gpu) else None
+        dtype = self._dtype(method)
+        dtype = None if dtype == self.loaded.model.dtype else dtype
         if self.weights == "random" and self.on_gpu:
 
             def convert(name: str, block: nn.Module) -> nn.Module:
@@ -197,6 +212,11 @@ class EndToEndStudy:
             return fuse_(self._random(dtype=dtype, convert=convert).model)  # each block is; now they know each other
         model = self.loaded.model if dtype is None else _with_parameters_in(self.loaded.model, dtype)
         return self._converted(method, backend, model)
+
+    def _dtype(self, method: str) -> torch.dtype:
+        """Of the model under this method: FP8 products come out in bfloat16."""
+        in_bfloat16 = method == "bf16" or (method == "fp8" and self.on_gpu)
+        return torch.bfloat16 if in_bfloat16 else self.loaded.model.dtype
 
     def _random(self, **options: Any) -> LoadedModel:
         """The model with random weights; options: of `random_model`."""
@@ -222,7 +242,10 @@ class EndToEndStudy:
         else:
             if self.on_gpu:
                 blocks = fuse_(replace_linear_layers(blocks, lambda _, linear: linear))
-            made = self._baseline(method, blocks)
+                for block in blocks.modules():
+                    if hasattr(block, "chain"):
+                        block.chain = ()  # FlexQ's alone; a circle, in which what is replaced would wait to be collected
+            made = self._baseline(method, blocks, name)
         return made if not name else made["block"][0]
 
     def _plan(self, method: str) -> PrecisionPlan:
@@ -238,8 +261,13 @@ class EndToEndStudy:
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(self.loaded.model.config)
 
-    def _baseline(self, method: str, model: nn.Module) -> nn.Module:
+    def _baseline(self, method: str, model: nn.Module, name: str) -> nn.Module:
         layers = linear_layers(model)
+        if method == SMOOTHQUANT:
+            if not self.on_gpu:
+                raise Skipped("SmoothQuant's INT8 is timed on GPUs")
+            linears.require_int8(layers)
+            return smoothing.smoothed(model, self._ranges, f"{name}." if name else "")
         if method == "w8a16":
             linears.require_weight_only(layers)
             return replace_linear_layers(model, lambda _, linear: Int8WeightLinear(linear))
@@ -255,13 +283,32 @@ class EndToEndStudy:
             return replace_linear_layers(model, lambda _, linear: Fp8Linear(linear))
         return model
 
+    @cached_property
+    def _ranges(self) -> smoothing.Ranges:
+        """What the prompt's activations reach in the merged blocks of the unquantised model."""
+        found = smoothing.Ranges()
+        if self.weights == "random":
+
+            def watched(name: str, block: nn.Module) -> nn.Module:
+                block = self._converted(UNQUANTISED, "torch", block, name)
+                found.watch_(block, f"{name}.")
+                return block
+
+            model = self._random(convert=watched, keep=False).model
+        else:
+            model = self._converted(UNQUANTISED, "torch", self.loaded.model)
+            found.watch_(model)
+        _prompt_logits(model, self.prompt)
+        return found
+
     def table(self) -> pd.DataFrame:
         """Measure every case: a row a method and output length.
 
         Columns: method, backend, output_tokens, ttft_ms, tpot_ms (each with _p10 and _p90), total_s, tokens_per_s,
-        linear_weights_mib, weights_mib (all of the model), kv_cache_mib, difference (of the logits), preemptions_per_token;
-        on a GPU also peak_mib, workspace_mib, limit_ms, step_*_ms (see steps.py), tokens_as_eager and captured; and skipped,
-        the reason, where a method could not run.
+        linear_layers (how many; the record says on which kernels), linear_weights_mib, weights_mib (all of the model),
+        kv_cache_mib, difference (of the logits), preemptions_per_token; on a GPU also peak_mib, workspace_mib, limit_ms,
+        step_*_ms (see steps.py), tokens_as_eager of tokens_compared, and captured; and skipped, the reason, where a method
+        could not run.
         """
         cases = list(self.cases())
         rows = []
@@ -279,13 +326,13 @@ class EndToEndStudy:
         return table
 
     def published(self) -> pd.DataFrame:
-        """The paper's rows for this model, as `paper.end_to_end()`; none for a demo model or one with fewer blocks."""
+        """The paper's rows for this model, as `paper.end_to_end()`; none for a demo model, fewer blocks or larger batches."""
         rows = paper.end_to_end()
-        return rows[(rows["model"] == self.loaded.name) & (self.layers == 0)]
+        return rows[(rows["model"] == self.loaded.name) & (self.layers == 0) & (self.batch_size == 1)]
 
     @property
     def ratios_model(self) -> str:
-        """The model's name where ratios are claimed: all of it decodes one sequence on one GPU of those; else empty."""
+        """The model's name where ratios are claimed: all of it decodes one sequence on one Hopper GPU; else empty."""
         whole = self.on_gpu and not self.layers and self.batch_size == processes.count() == 1
         card = provenance(self.run.device)["device"]
         return self.loaded.name if whole and has_ratios(card, self.prompt_tokens) else ""
@@ -295,6 +342,7 @@ class EndToEndStudy:
         inputs = {
             "backend": backend,
             **self.loaded.inputs,
+            "dtype": str(self._dtype(method)).removeprefix("torch."),
             "weights": self.weights,
             "prompt_tokens": self.prompt_tokens,
             "output_tokens": self.output_tokens,
@@ -339,6 +387,7 @@ class EndToEndStudy:
 
     def _timed(self, model: nn.Module, method: str, backend: str) -> dict[str, Measurement]:
         checked = self._checked
+        layers, kernels = kernels_of(model)
         difference = checked._checked_difference(model if checked is self else checked.build(method, backend), method)
         size = model_bytes(model)
         engine = Engine(model, self.batch_size, self.prompt_tokens, self.output_tokens[-1], self.compile_mode)
@@ -357,6 +406,7 @@ class EndToEndStudy:
         measured = {
             **_spread("ttft_ms", torch.tensor([run.ttft_ms for run in runs], dtype=torch.float64)),
             "weights_mib": Measurement(size / 2**20, "MiB"),
+            "linear_layers": Measurement(layers, "layer", kernels),
             "linear_weights_mib": Measurement(block_weight_bytes(model) / 2**20, "MiB"),
             "difference": Measurement(difference, "1", "" if checked is self else f"of {CHECKED_BLOCKS} blocks"),
             "preemptions_per_token": Measurement(preempted / self.repeats / self.output_tokens[-1], "1"),
@@ -398,11 +448,15 @@ class EndToEndStudy:
                 read / self._bandwidth_gbps / 1e6, "ms", "weights and cache at the measured bandwidth"
             ),
             "tokens_as_eager": Measurement(agreed, "token", f"of {compared}"),
+            "tokens_compared": Measurement(compared, "token"),
             "captured": Measurement(int(captured), "1"),
         }
         if self.output_tokens[-1] >= 2 * STEPS:
-            parts = parts_ms(engine.rehearse(STEPS))
-            measured |= {f"step_{part}_ms": Measurement(value, "ms") for part, value in parts.items()}
+            parts, products = parts_ms(engine.rehearse(STEPS))
+            measured |= {
+                f"step_{part}_ms": Measurement(value, "ms", products if part == "gemm" else "")
+                for part, value in parts.items()
+            }
         return measured
 
     @cached_property
@@ -446,7 +500,15 @@ def _free() -> None:
 _NUMBERS = (
     *("ttft_ms", "ttft_ms_p10", "ttft_ms_p90", "tpot_ms", "tpot_ms_p10", "tpot_ms_p90", "total_s", "tokens_per_s"),
     *("linear_weights_mib", "weights_mib", "kv_cache_mib", "difference", "preemptions_per_token"),
-    *("limit_ms", "step_gemm_ms", "step_attention_ms", "step_other_ms", "step_idle_ms"),
+    *(
+        "limit_ms",
+        "tokens_as_eager",
+        "tokens_compared",
+        "step_gemm_ms",
+        "step_attention_ms",
+        "step_other_ms",
+        "step_idle_ms",
+    ),
 )
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 
 from flexq_core.runtime import ops
-from flexq_core.studies.e2e import ATTENTIONS, METHODS, WEIGHTS, EndToEndStudy, claims, plot_step, processes
+from flexq_core.studies.e2e import ATTENTIONS, METHODS, WEIGHTS, EndToEndStudy, claims, processes
 from flexq_core.studies.e2e.decode import COMPILE_MODES
 from flexq_core.studies.e2e.parallel import ParallelStudy
+from flexq_core.studies.e2e_compared import plot_latency, plot_memory, plot_step, published_note
 from flexq_core.workbook.machine import outputs_of
 from flexq_core.workbook.records import Records, current, read_jsonl, write_jsonl
 from flexq_core.workbook.run import Run, print_claims
@@ -35,9 +39,9 @@ def _measure(arguments: list[str] | None, device: str) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="(default: all)")
     parser.add_argument("--backend", choices=ops.BACKENDS, default="auto", help="FlexQ's (default: auto)")
     parser.add_argument("--plan", default="", metavar="FILE", help="a plan file to time as well")
-    parser.add_argument("--prompt-tokens", type=int, default=128, help="(default: 128)")
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128], help="one or more (default: 128)")
     parser.add_argument("--output-tokens", type=int, nargs="+", default=[128], help="lengths (default: 128)")
-    parser.add_argument("--batch-size", type=int, default=1, help="(default: 1)")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1], help="one or more (default: 1)")
     parser.add_argument("--layers", type=int, default=0, help="with random weights: this many blocks (default: all)")
     parser.add_argument("--compile-mode", choices=COMPILE_MODES, default=COMPILE_MODES[-1], help="a GPU's decode step")
     parser.add_argument("--attention", choices=ATTENTIONS, default=ATTENTIONS[0], help="(default: sdpa)")
@@ -46,13 +50,14 @@ def _measure(arguments: list[str] | None, device: str) -> int:
     parser.add_argument(
         "--outputs",
         metavar="FOLDER",
-        help="keep records in FOLDER/records and a figure of the step, and measure none again; {card} is the GPU's short name "
-        "(default: none)",
+        help="keep records in FOLDER/records and figures in FOLDER/figures, and measure none again; {card} is the GPU's short "
+        "name (default: none)",
     )
     options = vars(parser.parse_args(arguments))
     folder = options.pop("outputs")
     options["methods"] = ",".join(options["methods"])
     options["output_tokens"] = ",".join(map(str, options["output_tokens"]))
+    sizes = list(itertools.product(options.pop("batch_size"), options.pop("prompt_tokens")))
     alone = processes.count() == 1
     try:
         kept = outputs_of(folder, device) if folder else None
@@ -63,20 +68,49 @@ def _measure(arguments: list[str] | None, device: str) -> int:
         records = (Records if alone else processes.SharedRecords)(STUDY, place, device)
         run = Run(STUDY, options, device, place, records)
         try:
-            study = (EndToEndStudy if alone else ParallelStudy)(run, **options)
+            first = (EndToEndStudy if alone else ParallelStudy)(
+                run, **options, **dict(zip(_SIZES, sizes[0], strict=True))
+            )
+            for size in sizes:
+                first.resized(*size)  # what is wrong with one is said before any is measured
         except ValueError as error:
             parser.error(str(error))
-        table = study.table()
-        if folder and processes.is_first():
-            path = run.records.path
-            write_jsonl(path, current(read_jsonl(path)))
-            if step := plot_step(table, study.loaded.name):
-                run.figure(
-                    step, "step", caption=f"A decode step by method, {study.loaded.name}, batch {study.batch_size}"
-                )
-    print(table.T.to_string(float_format=lambda value: f"{value:.4g}"))
-    print_claims(claims(table, study.ratios_model))
+        for size in sizes:
+            study = first.resized(*size)
+            table = study.table()
+            if folder and processes.is_first():
+                path = run.records.path
+                write_jsonl(path, current(read_jsonl(path)))
+                _draw(run, study, table)
+            print(f"batch {study.batch_size}, {study.prompt_tokens} prompt tokens")
+            print(table.T.to_string(float_format=lambda value: f"{value:.4g}"))
+            print_claims(claims(table, study.ratios_model, study.prompt_tokens))
     return 0
+
+
+_SIZES = ("batch_size", "prompt_tokens")
+
+
+def _draw(run: Run, study: EndToEndStudy, table: pd.DataFrame) -> None:
+    """Latency, memory and step of one batch size and prompt, beside the paper's where it shows this model."""
+    if table.get("total_s", pd.Series(dtype=float)).isna().all():
+        return
+    published, name = study.published(), study.loaded.name
+    size = f"batch {study.batch_size}, {study.prompt_tokens} prompt tokens, {study.weights} weights"
+    with plt.rc_context({"figure.constrained_layout.use": True}):
+        drawn = {
+            "latency": (plot_latency(table, name, published), f"Time by method and output length, {size}"),
+            "step": (plot_step(table, name), f"A decode step by method, {size}"),
+            "memory": (
+                plot_memory(table, name, published),
+                f"Weights and KV cache by method, {study.output_tokens[-1]} output tokens, {size}. {published_note(published)}",
+            ),
+        }
+    for kind, (figure, caption) in drawn.items():
+        if figure:
+            name = f"{kind}-batch-{study.batch_size}-prompt-{study.prompt_tokens}"
+            run.figure(figure, name, caption=caption.rstrip())
+            plt.close(figure)
 
 
 if __name__ == "__main__":

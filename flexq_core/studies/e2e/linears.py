@@ -9,12 +9,15 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flexq_core.quant.layers import linear_layers
 from flexq_core.runtime.convert import linear_weight_bytes
+from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.studies.e2e.processes import local_part
 from flexq_core.workbook.records import Skipped
 
@@ -27,7 +30,12 @@ _FEW_TOKENS = 64
 
 
 class _EightBitLinear(nn.Module):
-    """Codes of 8 bits and a scale an output channel. Buffers: weight [N, K], weight_scale [N]."""
+    """Codes of 8 bits and a scale an output channel. Buffers: weight [N, K], weight_scale [N].
+
+    kernel: what multiplies, for records.
+    """
+
+    kernel: str
 
     def __init__(self, linear: nn.Linear, codes: Tensor, scales: Tensor) -> None:
         super().__init__()
@@ -47,6 +55,8 @@ class Int8WeightLinear(_EightBitLinear):
     with the weights cast in it, which torch.compile fuses for few tokens (so do gpt-fast and torchao).
     Buffers: weight [N, K] int8, weight_scale [N] bfloat16.
     """
+
+    kernel = "INT8 weights cast in the product"
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear, *_int8_rows(linear.weight.data, torch.bfloat16))
@@ -69,20 +79,47 @@ class Int8Linear(_EightBitLinear):
     Buffers: weight [N, K] int8, weight_scale [N] float32, rows [17, K] int8. K and N are multiples of 8.
     """
 
+    kernel = "torch._int_mm, a scale a token"
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear, *_int8_rows(linear.weight.data, torch.float32))
         self.register_buffer("rows", self.weight.new_zeros(_INT_MM_ROWS, self.weight.shape[1]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N] in x's dtype."""
-        codes, scales = _int8_rows(x.reshape(-1, x.shape[-1]), torch.float32)
+        codes, scales = self._codes(x.reshape(-1, x.shape[-1]))
         tokens = len(codes)
         if tokens < _INT_MM_ROWS:
             self.rows[:tokens].copy_(codes)
             codes = self.rows
         sums = torch._int_mm(codes, self.weight.T)[:tokens]
-        y = (sums * scales[:, None] * self.weight_scale).to(x.dtype)
+        y = (sums * scales * self.weight_scale).to(x.dtype)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+    def _codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of tokens [M, K]: codes [M, K] int8, and scales that multiply the sums [M, N]."""
+        codes, scales = _int8_rows(x, torch.float32)
+        return codes, scales[:, None]
+
+
+class StaticInt8Linear(Int8Linear):
+    """W8A8 whose activations have one scale, fixed in advance: SmoothQuant's fastest setting (its O3).
+
+    Codes are an elementwise product, with no maximum to wait for.
+    Buffers: as Int8Linear's, and activation_scale [] float32.
+    """
+
+    kernel = "torch._int_mm, a scale a layer"
+
+    def __init__(self, linear: nn.Linear, largest: Tensor) -> None:
+        """largest: [] float32, the magnitude that activations reach; beyond it they are clipped."""
+        super().__init__(linear)
+        scale = (largest.float() / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        self.register_buffer("activation_scale", scale)
+
+    def _codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        codes = (x.float() / self.activation_scale).round().clamp(-127, 127).to(torch.int8)
+        return codes, self.activation_scale
 
 
 class Fp8Linear(_EightBitLinear):
@@ -94,6 +131,8 @@ class Fp8Linear(_EightBitLinear):
     rounded before the scales as well as after them.
     Buffers: weight [N, K] float8_e4m3fn, weight_scale [N] float32, one [] float32. K and N are multiples of 16.
     """
+
+    kernel = f"torch._scaled_mm, scales after it up to {_FEW_TOKENS} tokens"
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear, *_fp8_rows(linear.weight.data))
@@ -123,6 +162,7 @@ class DynamicInt8Linear(nn.Module):
         super().__init__()
         self._weights, self._outputs = linear.weight.numel(), linear.out_features
         self._bias_bytes = 0 if linear.bias is None else linear.bias.nbytes
+        self.kernel = f"torch's dynamic INT8, {engine}"
         before, torch.backends.quantized.engine = torch.backends.quantized.engine, engine
         try:
             with warnings.catch_warnings():
@@ -164,6 +204,19 @@ def model_bytes(model: nn.Module) -> int:
     held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
     hidden = sum(layer.hidden_bytes() for layer in model.modules() if isinstance(layer, DynamicInt8Linear))
     return sum(held.values()) + hidden - scratch_bytes(model)
+
+
+def kernels_of(model: nn.Module) -> tuple[int, str]:
+    """How many linear layers the blocks have, and on what they run, in writing: FlexQ's by the backend that `auto` means."""
+    found: Counter[str] = Counter()
+    for layer in model.modules():
+        if isinstance(layer, FlexQLinear):
+            found[f"flexq {layer.prepare()[0]}"] += 1
+        elif isinstance(layer, _EIGHT_BIT_LAYERS):
+            found[layer.kernel] += 1
+    if plain := [layer for layer in linear_layers(model).values() if type(layer) is nn.Linear]:
+        found[f"torch's {str(plain[0].weight.dtype).removeprefix('torch.')} product"] += len(plain)
+    return found.total(), "; ".join(f"{count} × {kernel}" for kernel, count in found.items())
 
 
 def scratch_bytes(model: nn.Module) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -33,9 +35,10 @@ def step_bytes(model: nn.Module, cache: Any, tokens: int) -> int:
     return model_bytes(model) - unread + cache_bytes(cache, tokens)
 
 
-def parts_ms(step: Callable[[], None]) -> dict[str, float]:
+def parts_ms(step: Callable[[], None]) -> tuple[dict[str, float], str]:
     """Milliseconds of a step by part of PARTS, and `idle`, when no kernel runs; nothing where the profiler sees no kernel.
 
+    Also which kernels the matrix products are, see `products`.
     step: launches one step on the current GPU; called STEPS times.  Kernels that overlap count once, as the one that began first.
     """
     step()
@@ -47,7 +50,7 @@ def parts_ms(step: Callable[[], None]) -> dict[str, float]:
         torch.cuda.synchronize()
     on_gpu = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     kernels = sorted((event.time_range.start, event.time_range.end, event.name) for event in on_gpu)
-    return shares_ms(kernels, _REPLAYS) if kernels else {}
+    return (shares_ms(kernels, _REPLAYS), products(kernels)) if kernels else ({}, "")
 
 
 def shares_ms(kernels: list[tuple[float, float, str]], steps: int) -> dict[str, float]:
@@ -59,6 +62,15 @@ def shares_ms(kernels: list[tuple[float, float, str]], steps: int) -> dict[str, 
         busy[part_of(name)] += max(0.0, end - max(start, now))
         now = max(now, end)
     return {part: total / steps / 1e3 for part, total in busy.items()}
+
+
+def products(kernels: list[tuple[float, float, str]]) -> str:
+    """The names of the three kernels that take most of the matrix products' time, with their shares of it."""
+    times: Counter[str] = Counter()
+    for start, end, name in kernels:
+        if part_of(name) == "gemm":
+            times[re.split(r"[<(]", name.removeprefix("void "), maxsplit=1)[0]] += end - start
+    return ", ".join(f"{name} {time / times.total():.0%}" for name, time in times.most_common(3))
 
 
 def part_of(kernel: str) -> str:

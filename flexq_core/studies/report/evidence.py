@@ -102,7 +102,7 @@ _METHODS_OWN = {"backend", "plan", "plan_sha256", "activation_bits", "weight_bit
 RIVALS: dict[str, Callable[[str], bool]] = {
     "INT8": lambda method: method in ("torch-int8", "cublas-int8"),
     "ABQ-LLM": lambda method: "abq" in method,
-    "W8A8": lambda method: method == "w8a8",
+    "W8A8": lambda method: method in ("w8a8", "smoothquant-w8a8"),
     "FP16": lambda method: method == "fp16",
 }
 
@@ -201,6 +201,8 @@ def paper_kernel_ratios() -> pd.DataFrame:
 
 QUANTITIES = {"latency": ("total_s/", "as fast as"), "memory": ("memory_mib/", "smaller in memory than")}
 """What is compared end to end → the beginning of its metric's name, and how a claim says it."""
+PROMPT = 128
+"""Tokens of the prompt with which it is compared: of longer ones latency is partly another quantity."""
 
 
 def end_to_end_ratios(records: pd.DataFrame, quantity: str, rival: str) -> Ratios:
@@ -212,8 +214,10 @@ def end_to_end_ratios(records: pd.DataFrame, quantity: str, rival: str) -> Ratio
     if quantity == "memory":
         records = _memory(records)
     table = ratios(records, "04_e2e", QUANTITIES[quantity][0], rival)
-    alone = table["parameters"].map(lambda p: p.get("batch_size", p.get("batch", 1)) == 1).astype(bool)
-    card, table = _of_one_card(table[alone & table["metric"].astype(str).str.fullmatch(r".*/\d+")])
+    alike = table["parameters"].map(
+        lambda p: p.get("batch_size", p.get("batch", 1)) == 1 and p.get("prompt_tokens", PROMPT) == PROMPT
+    )
+    card, table = _of_one_card(table[alike.astype(bool) & table["metric"].astype(str).str.fullmatch(r".*/\d+")])
     return Ratios(card, {(row.model, int(row.metric.split("/")[-1])): row.ratio for row in table.itertuples()})
 
 
