@@ -8,6 +8,6 @@ from flexq_core.workbook.records import Records
 from flexq_core.workbook.run import Run
 
 
-def run_of(study: str, folder: Path, **parameters) -> Run:
-    """The run of a notebook with these parameters, on a processor, that writes to `folder`."""
-    return Run(study, parameters, "cpu", folder, Records(study, folder))
+def run_of(study: str, folder: Path, *, device: str = "cpu", **parameters) -> Run:
+    """The run of a notebook with these parameters, that writes to `folder`."""
+    return Run(study, parameters, device, folder, Records(study, folder))

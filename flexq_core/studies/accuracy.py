@@ -38,6 +38,7 @@ from flexq_core.runtime.convert import (
     replace_linear_layers,
     resolve_plan,
 )
+from flexq_core.runtime.fuse import fuse_
 from flexq_core.runtime.streaming import hidden_state_bytes, logits_block_by_block
 from flexq_core.sources import data
 from flexq_core.sources import tasks as zero_shot
@@ -329,7 +330,12 @@ class AccuracyStudy:
             return self.model
         if method in _BASELINES:
             return _BASELINES[method](self.model, self.calibration if method in WHOLE_MODEL else None)
-        return replace_linear_layers(self.model, self.replacement(method, backend))
+        return self._as_served(replace_linear_layers(self.model, self.replacement(method, backend)), method)
+
+    def _as_served(self, model: nn.Module, method: str) -> nn.Module:
+        """A model or a block under this method, in place: on a GPU FlexQ's is fused, as it is when it is timed or used."""
+        ours = method != UNQUANTISED and method not in _BASELINES
+        return fuse_(model) if ours and torch.device(self.run.device).type == "cuda" else model
 
     def replacement(self, method: str, backend: str) -> Callable[[str, nn.Linear], nn.Module]:
         """What this method makes of a linear layer and its name, where that is all it looks at; else raises Skipped."""
@@ -405,7 +411,7 @@ class AccuracyStudy:
         def load_block(name: str) -> nn.Module:
             block = replace_in_block_in_place(name, self.loaded.load_block(name), make)
             sizes.append(linear_weight_bytes(block))
-            return block
+            return self._as_served(block, method)
 
         start = time.perf_counter()
         batches = self.rows.split(self.batch_size)

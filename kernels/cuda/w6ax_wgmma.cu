@@ -2,9 +2,9 @@
 //
 // A block computes tiles of 128 outputs x kTokens tokens. One warp fetches and leaves; two warpgroups multiply, each 64 outputs. Weights
 // go from shared memory to registers, where a code costs 0.8 instructions to expand, and from there straight into the tensor cores: what
-// is expanded is never stored. Then the sums are scaled and added in float32, three instructions a sum and group: more time than the
-// tensor cores take. So with 256 tokens they multiply 64 of them while the warpgroup adds the 64 before, and a block takes one tile after
-// the other: while sums are stored, the next tile's stages fill.
+// is expanded is never stored. Then the sums are scaled and added in float32, three instructions a sum and group, which meet the tensor
+// cores at the ports of the registers: with many tokens both are busy half of the time. So with 256 tokens they multiply 64 of them
+// while the warpgroup adds the 64 before, and a block takes one tile after the other: while sums are stored, the next tile's stages fill.
 //
 // Where there are fewer tiles than multiprocessors, a cluster of blocks shares the groups of a tile, and each block adds up its share of
 // the tokens from its neighbours' shared memory, in their order: the result does not depend on timing.
@@ -39,14 +39,13 @@ struct Shape {
   // since registers move between whole ones only. What it gives must be enough, or they wait for ever.
   static constexpr int kRegisters = kTokens >= 128 ? 240 : kTokens < 64 ? 0 : kTeams == 2 ? 112 : 104;  // 0: as the compiler allots them
   static constexpr int kThreads = kConsumers + (kRegisters ? 128 : 32), kBlocksAtOnce = kTokens >= 128 || kTeams == 2 ? 1 : 2;
-  static constexpr bool kLateFinish = kTokens >= 64;  // with many tokens registers are short, and time is not
   static constexpr bool kManyTiles = kTokens == 256;  // a block takes more than one where there are more than blocks at once
   static constexpr int kChunks = kRows / kChunkRows;
   static constexpr int kRecordTokens = kTokens < kMostRecordTokens ? kTokens : kMostRecordTokens, kRecords = kTokens / kRecordTokens;
   static constexpr int kRecordBytes = activation_record_bytes(Order::swizzled, 8, kRecordTokens / kTokenTile);
   // Swizzled operands begin at multiples of 1024 bytes, and so do every stage and every record in it; the chunks follow the last.
   static constexpr int kRecordStride = in_1024(kRecordBytes), kChunksAt = (kRecords - 1) * kRecordStride + kRecordBytes;
-  static constexpr int kStageBytes = in_1024(kChunksAt + kChunks * kChunkBytes), kFetchedBytes = kRecords * kRecordBytes + kChunks * kChunkBytes;
+  static constexpr int kStageBytes = in_1024(kChunksAt + kChunks * kChunkBytes);
   static constexpr int kSumStride = kRows + 4;  // floats; 8 q + g are 32 different banks
   static constexpr int kTeamSums = kTokens * kSumStride;
   static constexpr int kTurnedBytes = kManyTiles ? kUnit * 16 * 2 : 0;  // of a warp: a unit of its 16 outputs, two bytes each
@@ -92,6 +91,12 @@ __device__ __forceinline__ void store_turned(const Linear& p, const float (&sums
   }
 }
 
+__device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+__device__ __forceinline__ float4 operator*(const float4& a, float b) { return make_float4(a.x * b, a.y * b, a.z * b, a.w * b); }
+
 // The last step of four neighbouring outputs, the first at a multiple of four.
 struct FinishFour {
   Finish of[4];
@@ -100,7 +105,8 @@ struct FinishFour {
 
   __device__ __forceinline__ void store(const Linear& p, int token, int n, const float4& sum) const {
     if (token >= p.tokens || n >= p.outputs) return;
-    const float y[4] = {of[0](sum.x * kExpandedUnit), of[1](sum.y * kExpandedUnit), of[2](sum.z * kExpandedUnit), of[3](sum.w * kExpandedUnit)};
+    const float4 x = sum * kExpandedUnit;
+    const float y[4] = {of[0](x.x), of[1](x.y), of[2](x.z), of[3](x.w)};
     const int64_t at = int64_t(token) * p.outputs + n;
     if (p.outputs % 4 == 0) return store_four_floats(p.y, at, p.y_type, y);
 #pragma unroll
@@ -108,8 +114,6 @@ struct FinishFour {
       if (n + i < p.outputs) store_float(p.y, at + i, p.y_type, y[i]);
   }
 };
-
-__device__ __forceinline__ float4 operator+(const float4& a, const float4& b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 
 constexpr int kRowFours = kRows / 4;
 
@@ -177,7 +181,10 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThrea
 #if __CUDA_ARCH__ >= 900  // the host never launches it elsewhere
   using Parts = Shape<kTokens, kUnit, kTeams, kStages>;
   constexpr int kUnits = kTokens / kUnit, kUnitsOfRecord = kUnits / Parts::kRecords, kBuffers = kUnits > 1 ? 2 : 1;
-  const auto record_at = [](int unit) { return unit / kUnitsOfRecord * Parts::kRecordStride; };  // bytes
+  constexpr bool kLateFinish = kTokens >= 64;  // with many tokens registers are short, and time is not
+  // Of a stage's bytes.
+  const auto codes_at = [](int unit) { return unit / kUnitsOfRecord * Parts::kRecordStride + unit % kUnitsOfRecord * kUnit * kGroup; };
+  const auto scales_at = [](int unit) { return unit / kUnitsOfRecord * Parts::kRecordStride + unit % kUnitsOfRecord * kUnit * 4; };
   // Vectors of scales that are read before the sums are waited for: as many as registers are left for.
   constexpr int kEarlyScales = kTokens == 256 ? 2 : kTokens == 128 ? kUnit / 16 : 0;
   extern __shared__ uint8_t unaligned[];
@@ -213,7 +220,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThrea
       const int record = min(tile % token_tiles * Parts::kRecords + lane, (p.tokens - 1) / Parts::kRecordTokens);
       const uint8_t* records = p.activations + (int64_t(record) * p.groups + first_group) * Parts::kRecordBytes;
       const auto fetch_weights = [&](int s) {
-        if (lane == 0) barrier_expect(full + s, Parts::kFetchedBytes);
+        if (lane == 0) barrier_expect(full + s, Parts::kRecords * Parts::kRecordBytes + Parts::kChunks * kChunkBytes);
         __syncwarp();
         uint8_t* const to = shared + s * Parts::kStageBytes + Parts::kChunksAt + lane * kChunkBytes;
         if (lane < Parts::kChunks) bulk_copy(to, weights, kChunkBytes, full + s, policy);
@@ -258,7 +265,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThrea
     };
     for (int tile = first_tile; tile < tiles; tile += next_tile) {
       const auto finish_of_thread = [&] { return FinishFour(p, tile / token_tiles * kRows + threadIdx.x % kRowFours * 4); };
-      const FinishFour early_finish = Parts::kLateFinish ? FinishFour(p, p.outputs) : finish_of_thread();
+      const FinishFour early_finish = kLateFinish ? FinishFour(p, p.outputs) : finish_of_thread();
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit)
 #pragma unroll
@@ -266,12 +273,12 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThrea
       if (team < groups) load_words();
       for (int step = team; step < groups; step += kTeams) {
         const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(here + chunk_at + kCodeBytes + g * 8 + warp % 2 * 4));
-        const auto* sx = reinterpret_cast<const float4*>(here + Parts::kRecordTokens * kGroup) + q;
+        const uint8_t* sx = here + Parts::kRecordTokens * kGroup + q * 16;
         const uint64_t tokens = swizzled_operand(shared_address(here));
         const auto multiply = [&](int unit) {
           wgmma_fence();
 #pragma unroll
-          for (int s = 0; s < 4; ++s) wgmma_s8<kUnit>(inner[unit % kBuffers], a[s], tokens + (record_at(unit) + unit % kUnitsOfRecord * kUnit * kGroup + 32 * s) / 16, s > 0);
+          for (int s = 0; s < 4; ++s) wgmma_s8<kUnit>(inner[unit % kBuffers], a[s], tokens + (codes_at(unit) + 32 * s) / 16, s > 0);
           wgmma_commit();
         };
         uint64_t* const done = empty + stage;
@@ -281,8 +288,8 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThrea
 #pragma unroll
         for (int unit = 0; unit < kUnits; ++unit) {
           int32_t(&sum)[kUnit / 2] = inner[unit % kBuffers];
-          const float4* scales = sx + (record_at(unit) / 16 + unit % kUnitsOfRecord * kUnit / 4);  // of tokens 16 j + 2 q, + 1, + 8 and + 9 at 4 j
-          float4 early[kEarlyScales + 1];                // an array of none is no C++
+          const auto* scales = reinterpret_cast<const float4*>(sx + scales_at(unit));  // of tokens 16 j + 2 q, + 1, + 8 and + 9 at 4 j
+          float4 early[kEarlyScales + 1];                                              // an array of none is no C++
 #pragma unroll
           for (int j = 0; j < kEarlyScales; ++j) early[j] = scales[4 * j];
           if (unit + 1 < kUnits) {
@@ -321,7 +328,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThrea
         }
       }
       add_up_and_store<kTokens, kUnit, kTeams, kStages>(p, sums, shared, first_output, first_token, split, rank,
-                                                        Parts::kLateFinish ? finish_of_thread() : early_finish);
+                                                        kLateFinish ? finish_of_thread() : early_finish);
       break;
     }
   }
@@ -343,8 +350,8 @@ void run(const Linear& p, cudaStream_t stream) {
   // Float32 outputs are stored through the stages, so that a block has no more than one tile of them.
   const bool many_tiles = Parts::kManyTiles && split == 1 && p.y_type != Float::f32;
   const int blocks = many_tiles && tiles > at_once ? at_once : tiles * split;
-  launch("w6ax_wgmma", kernel, dim3(blocks), Parts::kThreads, Parts::kSharedBytes, split, stream, p, (p.tokens + kTokens - 1) / kTokens, tiles,
-         split);
+  const int token_tiles = (p.tokens + kTokens - 1) / kTokens;
+  launch("w6ax_wgmma", kernel, dim3(blocks), Parts::kThreads, Parts::kSharedBytes, split, stream, p, token_tiles, tiles, split);
 }
 
 }  // namespace

@@ -70,3 +70,18 @@ def test_on_a_gpu_kernels_agree_with_fake_quantisation(backend):
     assert found["difference_from_simulate"].value < 0.03
     on = {metric.removeprefix("layers_on/"): found[metric].value for metric in found if "layers_on/" in metric}
     assert sum(on.values()) == 14 and set(on) <= ({"imma", "wgmma"} if backend == "auto" else {"bmma"})
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_what_is_scored_is_the_fused_model_whole_or_block_by_block(tmp_path):
+    settings = {"methods": "fp16,w6a8", "backends": "auto", "windows": 4, "window_length": 64, "tasks": ""}
+
+    def table(folder, layer_by_layer):
+        run = run_of("02_accuracy", tmp_path / folder, device="cuda")
+        study = AccuracyStudy(run, model="demo-llama", layer_by_layer=layer_by_layer, **settings)
+        return study.table().set_index("method")
+
+    whole, apart = table("whole", False), table("apart", True)
+    assert whole.filter(like="layers_on/").loc["w6a8"].sum() == 4 * 6  # qkv, o, gate and up, down of each block
+    assert whole["perplexity"].equals(apart["perplexity"])
+    assert 0 < abs(whole["change_percent"]["w6a8"]) < 2
