@@ -51,10 +51,10 @@ reference: env  ## keep this machine's records in outputs/reference/$(MACHINE)/ 
 	@$(BIN)/python -m flexq_core.workbook reference $(or $(MACHINE),cpu)
 
 kernels: env  ## time the paper's shapes on this machine's GPU into outputs/reference/$(MACHINE)/ (the card, such as h100, unless set)
-	@$(KERNELS) --shapes paper --tokens $(DECODE) --methods imma wgmma bmma $(LIBRARIES) --combinations usual
+	@$(KERNELS) --shapes paper --tokens $(DECODE) 128 --methods imma wgmma bmma $(LIBRARIES) --combinations usual
 	@$(KERNELS) --shapes paper-a8 --tokens $(DECODE) --methods imma wgmma bmma $(LIBRARIES) --activation-bits 8
 	@$(KERNELS) --shapes $(SWEPT) --tokens $(DECODE) $(PREFILL) --methods imma wgmma $(LIBRARIES) --activation-bits 6 8
-	@$(KERNELS) --shapes 28672x8192 4096x4096 --tokens 1 4 8 --methods torchao-int8wo
+	@$(KERNELS) --shapes 28672x8192 4096x4096 --tokens 1 --methods torchao-int8wo
 
 end-to-end: env  ## time the paper's models with random weights on this machine's GPU, end to end, into the same folder
 	@$(END_TO_END) --model llama-13b --methods flexq fp16 w8a8 fp8 smoothquant-w8a8 w8a16 w6a6 w6a8
