@@ -193,7 +193,7 @@ _BARS = {
 
 
 def prefill_bars(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """On GPUs, PREFILL_BARS on each of LARGEST, and what FlexQ reached: {tokens, shape, what, bar} and a column a table, in writing.
+    """On GPUs, PREFILL_BARS on LARGEST and what FlexQ reached, in writing: {tokens, shape, what, bar} and a column a table.
 
     tables: label → table; one without any of these cases has no column. A layer and its product are timed apart, and with many
     tokens the card's clock varies by more than quantisation takes, so that the difference may be below 0.
