@@ -5,6 +5,9 @@ import json
 import pytest
 
 from flexq_core.runtime import auto
+from flexq_core.studies.kernels import recorded, write_auto_table
+from flexq_core.workbook import paths
+from flexq_core.workbook.records import load_records
 
 ROWS = [
     {"card": "A", "outputs": 4096, "features": 4096, "wgmma_from": None},
@@ -49,3 +52,18 @@ def test_the_repositorys_table_can_be_read():
     for row in json.loads(auto.PATH.read_text(encoding="utf-8")):
         assert set(row) == set(ROWS[0])
         assert row["wgmma_from"] is None or row["wgmma_from"] >= 1
+
+
+def test_the_repositorys_table_is_what_its_records_give(tmp_path):
+    """The last `--write-auto-table` of each card came after its last records."""
+    made = tmp_path / "auto.json"
+    made.write_text("[]")
+    for folder in sorted(paths.REFERENCE.iterdir()):
+        if tables := recorded(load_records(folder)):
+            write_auto_table(tables, made)
+    assert read(made) == read(auto.PATH)
+
+
+def read(path):
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return {(row["card"], row["outputs"], row["features"]): row["wgmma_from"] for row in rows}
