@@ -69,7 +69,7 @@ def plot_kernels(records: pd.DataFrame) -> Figure:
         at = [shapes.index((r.outputs, r.features)) for r in rows.itertuples()]
         axis.hlines(at, rows["abq"], rows["flexq"], color=figures.NEUTRAL, lw=1.5)
         axis.plot(rows["abq"], at, "s", color="#e69f00", ms=4.5, label="ABQ-LLM")
-        axis.plot(rows["flexq"], at, "o", color=figures.MAIN, ms=5, label="FlexQ")
+        axis.plot(rows["flexq"], at, "o", color=figures.MAIN, ms=5, label="FlexQ, the paper's GPU")
         mine = {case: ratio for case, ratio in ours.items() if case[2] == tokens and case[:2] in shapes}
         if mine:
             places = [shapes.index(case[:2]) for case in mine]
@@ -108,7 +108,7 @@ def plot_end_to_end(records: pd.DataFrame) -> Figure:
         axis.set_xticks(range(len(models)), models)
         axis.grid(False, axis="x")
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     return figure
 
 

@@ -40,5 +40,9 @@ def test_figures_of_gpus_name_the_card(folder, record, time_kernels):
     assert labels[-1] == "FlexQ, NVIDIA H100"
     assert end_to_end_note(read_records()) == nothing
     for method, seconds in (("flexq", 1.0), ("w8a8", 1.4)):
-        record("04_e2e", "llama-7b", method, {"total_s/128": seconds}, {**GPU, "device": "NVIDIA H200"})
-    assert end_to_end_note(read_records()) == "stars: this workbook's on NVIDIA H200"
+        record("04_e2e", "llama-7b", method, {"total_s/128": seconds}, {**GPU, "device": "NVIDIA H200 141GB HBM3e"})
+    assert end_to_end_note(read_records()) == "stars: this workbook's on NVIDIA H200 141GB HBM3e"
+    figure = plot_end_to_end(read_records())
+    figure.canvas.draw()
+    legend = figure.legends[0].get_window_extent()
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width  # a card's name is long
