@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from flexq_core.runtime import auto, ops
 from flexq_core.sources import paper
@@ -103,20 +103,27 @@ def mean_speedups(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def crossovers(table: pd.DataFrame) -> pd.DataFrame:
-    """On a GPU, up to how many tokens FlexQ wins: {outputs, features, baseline, faster_up_to, slower_from}.
+    """On a GPU, with how many tokens FlexQ loses: {shape, timed with}, and {slower than <library>} for each of RIVALS.
 
-    By baseline of RIVALS, of the numbers of tokens measured with both: slower_from is the first with which FlexQ's product takes
-    longer than the baseline's, or None; faster_up_to the largest before it, or None.
+    A row a shape. Numbers of tokens are those that were timed, in ranges of neighbours, such as `1, 64 to 512`: with all of a
+    range FlexQ's product takes longer than the library's. `never` where it does with none, `–` where the library was not timed.
     """
-    rows = []
-    for baseline in RIVALS:
-        for (outputs, features), mine in speedups(table, baseline).groupby(["outputs", "features"], sort=False):
-            slower = mine.loc[mine["speedup"] < 1, "tokens"].min()
-            faster = mine.loc[~(mine["tokens"] >= slower), "tokens"].max()
-            told = (None if math.isnan(count) else int(count) for count in (faster, slower))
-            rows.append((outputs, features, title(baseline), *told))
-    columns = ["outputs", "features", "baseline", "faster_up_to", "slower_from"]
-    return pd.DataFrame(rows, columns=columns, dtype=object)
+    rows = {shape: {"shape": f"{shape[0]} × {shape[1]}", "timed with": "–"} for shape in _shapes(table)}
+    for rival in RIVALS:
+        column = f"slower than {title(rival)}"
+        for row in rows.values():
+            row[column] = "–"
+        for shape, mine in speedups(table, rival).groupby(["outputs", "features"], sort=False):
+            rows[shape]["timed with"] = f"{mine['tokens'].min()} to {mine['tokens'].max()}"
+            rows[shape][column] = _ranges(mine["tokens"], mine["speedup"] < 1) or "never"
+    return pd.DataFrame(list(rows.values()))
+
+
+def _ranges(counts: pd.Series, chosen: pd.Series) -> str:
+    """Those of ascending counts that are chosen, neighbours as a range; empty where none is."""
+    runs = (chosen != chosen.shift()).cumsum()
+    ends = counts[chosen].groupby(runs[chosen]).agg(["min", "max"])
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in ends.itertuples(index=False, name=None))
 
 
 def _geometric_mean(values: pd.Series) -> float:
@@ -157,6 +164,8 @@ _COLOURS = {
     "torchao-int8wo": figures.INK,
 }
 _MARKERS = "osD^vPX*"
+_GPU_LIMIT = "limit: bandwidth, cuBLAS INT8"
+_RATIO_TICKS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 8)
 
 
 def _line_style(method: str, index: int) -> dict[str, str]:
@@ -176,6 +185,29 @@ def _four_shapes(table: pd.DataFrame) -> list[tuple[int, int]]:
         by_size = sorted(shapes, key=math.prod)
         shapes = [by_size[round(place * (len(shapes) - 1) / 3)] for place in range(4)]
     return shapes
+
+
+def limit_note(table: pd.DataFrame) -> str:
+    """What the limit in figures is, for captions: on a GPU a library's rate is part of it, and others may be faster."""
+    if time_column(table) != "gemm_us":
+        return "the least time for 6-bit weights at this machine's measured bandwidth and the fastest INT8 product found on it"
+    return (
+        "the least time for 6-bit weights at the card's measured bandwidth and at the rate that cuBLAS's INT8 reaches on it, "
+        "which FP8's tensor cores, or a better INT8 kernel, can pass"
+    )
+
+
+def _count_tokens(axis: Axes, counts: pd.Series, most: int) -> None:
+    """A logarithmic axis of tokens, labelled at the least of these counts and at others, far enough apart to be read."""
+    counts = sorted(set(counts))
+    apart = (counts[-1] / counts[0]) ** (1 / most)
+    labelled = counts[:1]
+    for count in counts[1:]:
+        if count >= apart * labelled[-1]:
+            labelled.append(count)
+    axis.set(xscale="log", xlabel="tokens")
+    axis.set_xticks(labelled, map(str, labelled))
+    axis.minorticks_off()
 
 
 def plot_times(table: pd.DataFrame) -> Figure:
@@ -200,7 +232,7 @@ def plot_rates(table: pd.DataFrame) -> Figure:
     """On a GPU, by tokens: operations a second, and the share of what the machine allows; a line a method, a column a shape.
 
     The share is the least time for 6-bit weights (`limits_us`) by the product's: a library that reads wider weights has less to
-    hope for with few tokens.
+    hope for with few tokens. With many the limit is the rate of cuBLAS's INT8, which others pass.
     """
     shapes = _four_shapes(table)
     size = (figures.HALF_PAGE[0], 4.4)
@@ -208,19 +240,64 @@ def plot_rates(table: pd.DataFrame) -> Figure:
         2, len(shapes), figsize=size, squeeze=False, sharex=True, sharey="row", layout="constrained"
     )
     for (rates, shares), (outputs, features) in zip(axes.T, shapes, strict=True):
-        mine = table[(table["outputs"] == outputs) & (table["features"] == features)].dropna(subset=["gemm_us"])
-        for index, (method, rows) in enumerate(mine.groupby("method", sort=False)):
+        mine = table[(table["outputs"] == outputs) & (table["features"] == features)]
+        for index, (method, rows) in enumerate(mine.dropna(subset=["gemm_us"]).groupby("method", sort=False)):
             rows = rows.sort_values("tokens")
             style = _line_style(method, index) | {"markersize": 3, "lw": 1.2}
             rates.plot(rows["tokens"], rows["gops"] / 1e3, label=title(method), **style)
             shares.plot(rows["tokens"], 100 * rows["limit_us"] / rows["gemm_us"], **style)
-        rates.set(xscale="log", yscale="log", title=f"{outputs}\n× {features}")
-        shares.set(xlabel="tokens", ylim=(0, 105))
+        rates.set(yscale="log", title=f"{outputs}\n× {features}")
+        shares.axhline(100, color=figures.INK, lw=1, ls="--")
+        _count_tokens(shares, mine["tokens"], 3)
     axes[0, 0].set_ylabel("TOP/s")
-    axes[1, 0].set_ylabel("of the limit (%)")
+    axes[1, 0].set(ylabel="of the limit (%)", ylim=(0, None))
+    axes[0, 0].plot([], [], "--", color=figures.INK, lw=1, label=_GPU_LIMIT)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
+
+
+def plot_crossovers(table: pd.DataFrame) -> Figure:
+    """On a GPU, a library's time over FlexQ's by tokens, a panel a library, a line a shape; FlexQ is faster above 1.
+
+    At most four shapes are told apart, of those timed with the most numbers of tokens; the others are grey. Rings are where a
+    line crosses 1, between the numbers that were timed.
+    """
+    told = _four_shapes(table)
+    size = (figures.HALF_PAGE[0], 6.2)
+    figure, axes = plt.subplots(len(RIVALS), 1, figsize=size, sharex=True, layout="constrained")
+    for axis, rival in zip(axes, RIVALS, strict=True):
+        found = speedups(table, rival)
+        for shape in sorted(_shapes(found), key=lambda shape: shape in told):
+            mine = found[(found["outputs"] == shape[0]) & (found["features"] == shape[1])]
+            if shape not in told:
+                axis.plot(mine["tokens"], mine["speedup"], color=figures.NEUTRAL, lw=0.6, zorder=1)
+                continue
+            index = told.index(shape)
+            style = {"color": figures.SEQUENCE[index], "marker": _MARKERS[index], "markersize": 3, "lw": 1.2}
+            axis.plot(mine["tokens"], mine["speedup"], label=f"{shape[0]} × {shape[1]}", **style)
+            crossed = _crossings(mine["tokens"], mine["speedup"])
+            axis.plot(crossed, [1] * len(crossed), "o", mfc="none", color=figures.INK, ms=7, zorder=3)
+        axis.axhline(1, color=figures.INK, lw=1)
+        axis.set(yscale="log", title=f"{title(rival)}'s time over FlexQ's")
+        axis.yaxis.set_major_locator(FixedLocator(_RATIO_TICKS))
+        axis.yaxis.set_major_formatter("{x:g}×")
+        axis.yaxis.set_minor_locator(NullLocator())
+    _count_tokens(axes[-1], table["tokens"], 12)
+    axes[0].plot([], [], "o", mfc="none", color=figures.INK, ms=7, label="crosses 1")
+    if len(_shapes(table)) > len(told):
+        axes[0].plot([], [], color=figures.NEUTRAL, lw=0.6, label="other shapes")
+    drawn = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _crossings(tokens: pd.Series, ratios: pd.Series) -> list[float]:
+    """Where a line through these points, straight on logarithmic axes, crosses 1."""
+    x, y = np.log(tokens.to_numpy(dtype=float)), np.log(ratios.to_numpy())
+    before = np.flatnonzero((y[:-1] < 0) != (y[1:] < 0))
+    share = y[before] / (y[before] - y[before + 1])
+    return list(np.exp(x[before] + share * (x[before + 1] - x[before])))
 
 
 def _plot_shape(axis: Axes, mine: pd.DataFrame, time: str) -> None:
@@ -233,12 +310,12 @@ def _plot_shape(axis: Axes, mine: pd.DataFrame, time: str) -> None:
             rows["tokens"], rows[time], yerr=spread, label=title(method, on_gpu), markersize=3.5, lw=1.2, **style
         )
     limit = mine.drop_duplicates("tokens")
-    axis.plot(limit["tokens"], limit["limit_us"], "--", color=figures.INK, linewidth=1, label="limit of this machine")
-    axis.set(xscale="log", yscale="log", xlabel="tokens")
+    label = _GPU_LIMIT if on_gpu else "limit of this machine"
+    axis.plot(limit["tokens"], limit["limit_us"], "--", color=figures.INK, linewidth=1, label=label)
+    axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if on_gpu else (1, 3)))
     axis.yaxis.set_major_formatter("{x:,.0f}")
-    axis.set_xticks(limit["tokens"], map(str, limit["tokens"]))
-    axis.minorticks_off()
+    _count_tokens(axis, limit["tokens"], 5)
 
 
 def plot_speedups(table: pd.DataFrame, baseline: str = "") -> Figure:
@@ -258,7 +335,10 @@ def plot_speedups(table: pd.DataFrame, baseline: str = "") -> Figure:
     for index, (count, offset) in enumerate(zip(tokens, offsets, strict=True)):
         colour = figures.SEQUENCE[index % len(figures.SEQUENCE)]
         plural = "s" if count > 1 else ""
-        for rows, marker, face, whose in ((found, "o", colour, "here"), (published, "D", "none", "the paper's GPU")):
+        for rows, marker, face, whose in (
+            (found, "o", colour, "measured"),
+            (published, "D", "none", "the paper's GPU"),
+        ):
             mine = rows[rows["tokens"] == count]
             places = [
                 (row.speedup, shapes.index((row.outputs, row.features)) + offset)
@@ -273,8 +353,7 @@ def plot_speedups(table: pd.DataFrame, baseline: str = "") -> Figure:
     on_gpu = time_column(table) == "gemm_us"
     over = title(found["baseline"].iloc[0], on_gpu) if len(found) else "a baseline (none measured)"
     axis.set(xlabel=f"speed-up over {over}\n(the paper's: over INT8 cuBLAS)", xscale="log")
-    ticks = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 8)
-    ticks = [tick for tick in ticks if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
+    ticks = [tick for tick in _RATIO_TICKS if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
     axis.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
     axis.minorticks_off()
     figure.legend(loc="outside lower center", ncols=2)
@@ -310,9 +389,19 @@ def plot_bandwidth(table: pd.DataFrame, tokens: int = 1) -> Figure:
 
 
 def gpu_figures(table: pd.DataFrame, where: str) -> Iterator[tuple[Figure, str, str]]:
-    """(figure, name, caption) of rates, speed-ups over each of RIVALS and the bandwidth reached.  where: for captions."""
-    told = f"Operations a second, and the share of what the machine allows for 6-bit weights, by tokens, {where}"
+    """(figure, name, caption) of rates, crossovers, speed-ups over each of RIVALS and the bandwidth reached.
+
+    where: for captions.
+    """
+    told = (
+        f"Operations a second by tokens, and the share of the limit, {where}; the limit (dashed): {limit_note(table)}"
+    )
     yield plot_rates(table), "rates", told
+    told = (
+        f"Each library's time over that of FlexQ's product by tokens, {where}: above 1 FlexQ is faster; rings: where that "
+        "changes, between the numbers of tokens that were timed; grey: other shapes"
+    )
+    yield plot_crossovers(table), "crossovers", told
     for rival in RIVALS:
         told = (
             f"Speed-up of FlexQ's product over {title(rival)}'s, {where} (filled), and of the paper's kernel over INT8 cuBLAS "

@@ -1,5 +1,6 @@
 """Kernel times: parameters are refused before anything runs, what is on record is not timed again, claims read the table."""
 
+import itertools
 import json
 import math
 from unittest import mock
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from flexq_core.sources import paper
-from flexq_core.studies import kernels, kernels_combinations, kernels_compared, kernels_gpu
+from flexq_core.studies import kernels, kernels_claims, kernels_combinations, kernels_compared, kernels_gpu
 from flexq_core.studies.kernels import KernelStudy, claims, limits_us, read_shapes
 from flexq_core.studies.kernels_compared import speedups
+from flexq_core.workbook import figures
 from flexq_core.workbook.gpu_tables import kernel_table, kernel_times
 from flexq_core.workbook.records import Measurement, Records, Skipped, load_records, read_jsonl
 from flexq_core.workbook.run import Run
@@ -230,6 +232,8 @@ def test_without_the_kernel_speed_is_told_and_not_claimed():
 def test_an_error_beyond_its_bound_fails_the_claim():
     table = times(cpu=(80, 100), torch_int8=(100, 100))
     assert claims(table)[0][1] is True
+    one_lacks = table.assign(median_us=table["median_us"].where(table.index != 1))
+    assert claims(one_lacks)[1][1:] == (None, "0.80 of torch-int8's time over 1 shapes of the 2 timed")
     table.loc[0, "error"] = 0.07
     assert claims(table)[0][1:] == (False, "nearest to its bound: cpu, 7.00%")
     assert [holds for _, holds, _ in claims(table.assign(median_us=math.nan))] == [None, None]
@@ -254,7 +258,8 @@ def test_figures_have_units_and_the_papers_marks(table):
     assert "speed-up over" in figure.axes[0].get_xlabel()
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert "1 token, the paper's GPU" in labels
-    assert ("1 token, here" in labels) == (len(speedups(table)) > 0)
+    assert ("1 token, measured" in labels) == (len(speedups(table)) > 0)
+    assert "fastest INT8 product found" in kernels_compared.limit_note(table)
 
 
 def test_the_command_line_times_and_keeps_no_record(capsys, monkeypatch, tmp_path):
@@ -446,12 +451,13 @@ def verdicts(table, card="NVIDIA H200"):
 
 
 @pytest.mark.parametrize("card", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
-def test_claims_of_hopper_are_means_over_shapes_and_the_bandwidth_of_the_largest(card):
+def test_claims_of_hopper_are_means_over_shapes_and_the_bandwidth_of_the_largest(card, monkeypatch):
+    monkeypatch.setattr(kernels.auto, "wgmma_from", lambda *_: 65)
     found = claims(gpu_times(**H200), card)
     assert [holds for _, holds, _ in found] == [True] * 7
     assert all(text.endswith(f" on {card}") for text, _, _ in found[1:])
     assert found[1][2].startswith("1.43× over 20 shapes and 1, 4, 8 tokens; 1.3") and "quantisation" in found[1][2]
-    assert found[4][2].startswith("least 95.2%, ") and found[4][2].endswith("; 8 cases")
+    assert found[4][2].startswith("least 95.2%, ") and found[4][2].endswith("; 8 of 8 cases")
     assert verdicts(gpu_times(**H200 | {"imma": 1.35})) == [True, False, False, False, False, True, True]
     assert verdicts(gpu_times(**H200).assign(definition_error=1e-3)) == [False] + [True] * 6
 
@@ -463,9 +469,58 @@ def test_other_cards_and_shapes_have_numbers_and_no_verdict():
     assert found[1][2].startswith("1.43×")
     other = claims(gpu_times(shapes=[(64, 128)], **H200), "NVIDIA H200")
     assert [holds for _, holds, _ in other] == [True] + [None] * 6
-    assert other[1][2].endswith("others were timed") and other[4][2] == "these shapes were not timed here"
-    missing = claims(gpu_times(imma=1.05), "NVIDIA H200")
-    assert missing[1][1:] == (None, "cuBLASLt FP8 or FlexQ was not timed with 1, 4 or 8 tokens here")
+    lacking = "cuBLASLt FP8 or FlexQ was not timed on them with so many tokens here"
+    assert other[1][2] == lacking and other[4][2] == "these shapes were not timed here"
+    assert claims(gpu_times(imma=1.05), "NVIDIA H200")[1][1:] == (None, lacking)
+    with_others = gpu_times(shapes=[*paper.kernel_shapes(), (64, 128)], **H200)
+    with_others.loc[with_others["outputs"] == 64, "gemm_us"] *= 1000
+    assert claims(with_others, "NVIDIA H200")[1:] == claims(gpu_times(**H200), "NVIDIA H200")[1:]
+
+
+@pytest.mark.parametrize(
+    ("lacking", "holds", "told"),
+    [
+        (
+            {"outputs": 4096},
+            [None, None, None, True, None, None],
+            {1: "54 of its 60 cases were timed", 5: " 18 shapes"},
+        ),
+        ({"outputs": 28672, "features": 8192}, [None] * 6, {1: "57 of its 60 cases were timed", 4: "4 of 8 cases"}),
+        ({"tokens": 8}, [None] * 4 + [True, True], {1: "40 of its 60 cases were timed", 4: "6 of 8 cases"}),
+        ({"tokens": 16}, [True] * 3 + [None, True, True], {4: "6 of 8 cases"}),
+        ({"method": "torch-fp16", "outputs": 4096}, [True, None, True, True, None, True], {2: "54 of its 60"}),
+    ],
+    ids=str,
+)
+def test_part_of_the_cases_bears_out_no_claim(lacking, holds, told):
+    table = gpu_times(**H200)
+    kept = table[(table[list(lacking)] != pd.Series(lacking)).any(axis=1)]
+    found = claims(kept, "NVIDIA H200")
+    assert [verdict for _, verdict, _ in found[1:]] == holds
+    assert all(text in found[index][2] for index, text in told.items())
+
+
+def test_part_of_the_cases_refutes_a_claim_about_all_of_them():
+    one = gpu_times(shapes=[(28672, 8192)], **H200 | {"imma": 3.0})
+    assert verdicts(one) == [True, None, None, None, False, False, None]
+
+
+def test_bars_of_prefill_are_told_and_not_claimed():
+    table = gpu_times(tokens=(256, 1024, 4096), shapes=[(28672, 8192)], imma=1.25, torch_fp16=1.5)
+    found = kernels_claims.prefill_bars({"a": table, "b": gpu_times(**H200)})
+    assert list(found) == ["tokens", "shape", "what", "bar", "a"]  # b was not timed with so many
+    told = found[found["shape"] == "28672 × 8192"].set_index(["tokens", "bar"])["a"]
+    assert told.to_dict() == {
+        (4096, "at least 1050"): "1040, missed",  # of 1300
+        (256, "at least 1.20"): "1.20",
+        (1024, "at least 1.40"): "1.20, missed",
+        (4096, "at most 6%"): "0.1%",
+    }
+    assert set(found.loc[found["shape"] == "8192 × 28672", "a"]) == {"not timed"}
+    slow = table.assign(median_us=1.07 * table["gemm_us"])
+    assert kernels_claims.prefill_bars({"a": slow})["a"].tolist()[6:] == ["7.0%, missed", "not timed"]
+    names = " ".join(text for text, _, _ in claims(table, "NVIDIA H200"))
+    assert "TOP/s" not in names and verdicts(table)[1:4] == [None] * 3
 
 
 def test_a_library_that_is_faster_with_more_rows_is_told_with_its_fewest_too():
@@ -491,7 +546,7 @@ def swept(changes, tokens=(1, 64, 128, 1024)):
 @pytest.mark.parametrize(
     ("changes", "holds", "fp16", "larger"),
     [
-        ({}, (True, True), "0.55 of its time, 28672 × 8192, 64 tokens, imma; 2 cases of 1 to 64", "0.92 of"),
+        ({}, (True, True), "0.55 of its time, 28672 × 8192, 64 tokens, imma; 2 cases, 1 shapes with up", "0.92 of"),
         ({("wgmma", 1): 500, ("imma", 1024): 1}, (True, True), "0.55 of", "0.92 of"),  # auto takes the others there
         ({("torch-fp16", 1024): 1}, (True, True), "0.55 of", "0.92 of"),  # of many tokens it is not claimed
         ({("torch-fp16", 64): 10.5}, (True, True), "1.05 of its time, 28672 × 8192, 64 tokens, imma", "0.92 of"),
@@ -505,6 +560,7 @@ def test_a_cliff_is_a_number_of_tokens_that_takes_longer_than_fp16_or_than_a_lar
     monkeypatch, changes, holds, fp16, larger
 ):
     monkeypatch.setattr(kernels.auto, "wgmma_from", lambda *_: 65)
+    monkeypatch.setattr(kernels_claims, "_SHAPES", 1)
     found = claims(swept(changes), "NVIDIA H100 80GB HBM3")[-2:]
     assert tuple(verdict for _, verdict, _ in found) == holds
     assert found[0][2].startswith(f"at worst {fp16}") and found[1][2].startswith(f"at worst {larger}")
@@ -512,6 +568,7 @@ def test_a_cliff_is_a_number_of_tokens_that_takes_longer_than_fp16_or_than_a_lar
 
 def test_without_its_kernel_fp16_or_a_second_number_of_tokens_no_cliff_can_be_told(monkeypatch):
     monkeypatch.setattr(kernels.auto, "wgmma_from", lambda *_: 65)
+    monkeypatch.setattr(kernels_claims, "_SHAPES", 1)
     table = swept({})
     for lacking in (table["method"] != "torch-fp16", table["tokens"] == 1, ~table["method"].isin(kernels.auto.CHOICES)):
         found = claims(table[lacking], "NVIDIA H200")[-2:]
@@ -526,16 +583,106 @@ def test_on_a_gpu_a_cases_backend_is_the_faster_of_those_that_auto_chooses_from(
     assert found["method"].to_dict() == {tokens: "wgmma" if tokens == 8 else "imma" for tokens in found.index}
 
 
-def test_crossovers_say_up_to_how_many_tokens_flexq_wins():
-    table = gpu_times(shapes=[(64, 128)], imma=1.2, torch_fp16=2.4, cublas_int8=1.1)
-    few, *_, many = sorted(table["tokens"].unique())
-    table.loc[(table["method"] == "torch-fp16") & (table["tokens"] == many), "gemm_us"] = 1e-6
-    found = kernels_compared.crossovers(table).set_index("baseline")
-    assert found.loc["cuBLAS FP16", "slower_from"] == many > found.loc["cuBLAS FP16", "faster_up_to"] >= few
-    assert found.loc["cuBLAS INT8", ["faster_up_to", "slower_from"]].tolist() == [None, few]
-    assert "cuBLASLt FP8" not in found.index
-    never = kernels_compared.crossovers(gpu_times(shapes=[(64, 128)], imma=1.2, torch_fp16=2.4))
-    assert never[["faster_up_to", "slower_from"]].values.tolist() == [[many, None]]
+def crossing(fp16) -> pd.DataFrame:
+    """A table of one shape on which FlexQ's product takes 100 µs.  fp16: cuBLAS's µs with 1, 4, 8, 16 tokens."""
+    table = gpu_times(shapes=[(64, 128)], imma=1.2, torch_fp16=2.4).sort_values("tokens", kind="stable")
+    table.loc[table["method"] == "torch-fp16", "gemm_us"] = fp16
+    table.loc[table["method"] == "imma", "gemm_us"] = 100.0
+    return table
+
+
+@pytest.mark.parametrize(
+    ("fp16", "slower"),
+    [
+        ([200, 200, 200, 200], "never"),
+        ([99, 99, 99, 99], "1 to 16"),
+        ([200, 99, 200, 200], "4"),
+        ([200, 99, 200, 99], "4, 16"),
+        ([99, 200, 99, 99], "1, 8 to 16"),
+        ([100, 100, 100, 99], "16"),
+    ],
+)
+def test_crossovers_say_with_which_tokens_flexq_is_slower(fp16, slower):
+    (row,) = kernels_compared.crossovers(crossing(fp16)).to_dict("records")
+    assert row == {
+        "shape": "64 × 128",
+        "timed with": "1 to 16",
+        "slower than cuBLAS FP16": slower,
+        "slower than cuBLASLt FP8": "–",
+        "slower than cuBLAS INT8": "–",
+    }
+
+
+def rings(axis):
+    """Where crossings are marked, of all lines of a panel."""
+    return [
+        x for line in axis.lines if line.get_marker() == "o" and line.get_markersize() == 7 for x in line.get_xdata()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fp16", "expected"),
+    [
+        ([200, 200, 200, 200], []),
+        ([200, 50, 200, 200], [2, math.sqrt(32)]),  # half-way on a logarithmic axis
+        ([50, 200, 50, 200], [2, math.sqrt(32), math.sqrt(128)]),
+        ([200, 100, 50, 50], [4]),
+    ],
+)
+def test_crossovers_are_drawn_with_every_crossing(fp16, expected):
+    table = crossing(fp16)
+    figure = kernels_compared.plot_crossovers(table)
+    panels = figure.axes
+    assert [axis.get_title() for axis in panels] == [
+        "cuBLAS FP16's time over FlexQ's",
+        "cuBLASLt FP8's time over FlexQ's",
+        "cuBLAS INT8's time over FlexQ's",
+    ]
+    (line,) = [line for line in panels[0].lines if line.get_label() == "64 × 128"]
+    assert line.get_ydata().tolist() == [us / 100 for us in fp16] and line.get_xdata().tolist() == [1, 4, 8, 16]
+    assert rings(panels[0]) == pytest.approx(expected) and not rings(panels[1])
+
+
+def test_of_many_shapes_four_are_told_apart_and_all_are_drawn():
+    figure = kernels_compared.plot_crossovers(gpu_times(**H200))
+    lines = [line for line in figure.axes[1].lines if len(line.get_xdata()) == 4]
+    assert len(lines) == 20 and len({line.get_color() for line in lines}) == 5
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(labels) == 6 and labels[-2:] == ["crosses 1", "other shapes"]
+
+
+SWEPT = [1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
+
+
+@pytest.mark.parametrize(
+    "plot", [kernels_compared.plot_times, kernels_compared.plot_rates, kernels_compared.plot_crossovers]
+)
+def test_labels_of_many_numbers_of_tokens_do_not_overlap(plot):
+    figures.use_style()
+    figure = plot(gpu_times(tokens=SWEPT, shapes=paper.kernel_shapes()[:4], **H200))
+    figure.canvas.draw()
+    for axis in figure.axes:
+        labels = [label for label in axis.get_xticklabels() if label.get_visible() and label.get_text()]
+        boxes = [label.get_window_extent() for label in labels]
+        assert all(a.x1 + 2 < b.x0 for a, b in itertools.pairwise(boxes))
+    assert labels[0].get_text() == "1" and len(labels) >= 3
+
+
+def test_few_numbers_of_tokens_are_all_labelled():
+    axis = kernels_compared.plot_times(gpu_times(tokens=(1, 8, 64), shapes=[(64, 128)], **H200)).axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "8", "64"]
+
+
+def test_what_is_faster_than_the_limit_is_in_sight_and_the_limit_is_named():
+    table = gpu_times(shapes=[(64, 128)], **H200 | {"cublaslt_fp8": 0.625})
+    figure = kernels_compared.plot_rates(table)
+    low, high = figure.axes[1].get_ylim()
+    assert low == 0 and high > max(figure.axes[1].lines[3].get_ydata()) == pytest.approx(160)
+    assert "limit: bandwidth, cuBLAS INT8" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "cuBLAS's INT8" in kernels_compared.limit_note(table)
+    assert "cuBLAS's INT8" in next(kernels_compared.gpu_figures(table, "here"))[2]
+    nothing = kernels_compared.plot_rates(table.assign(gemm_us=math.nan))  # all was skipped
+    assert len(nothing.axes[0].lines) == 1
 
 
 def test_rates_are_drawn_where_the_most_numbers_of_tokens_were_measured():
@@ -551,7 +698,8 @@ def test_rates_are_drawn_where_the_most_numbers_of_tokens_were_measured():
 def test_a_gpus_figures_fit_half_a_page_and_show_the_papers_marks():
     table = gpu_times(**H200)
     assert len(kernels_compared.plot_times(table).axes) == 4
-    rates, *made = kernels_compared.gpu_figures(table, "here")
+    rates, crossovers, *made = kernels_compared.gpu_figures(table, "here")
+    assert crossovers[1] == "crossovers" and crossovers[0].get_size_inches()[0] <= 4.6
     assert rates[1] == "rates" and rates[0].get_size_inches()[0] <= 4.6 and len(rates[0].axes) == 8
     assert [name for _, name, _ in made] == [
         "speedups-torch-fp16",
@@ -563,7 +711,8 @@ def test_a_gpus_figures_fit_half_a_page_and_show_the_papers_marks():
         assert figure.get_size_inches()[0] <= 4.6 and "here" in caption
         assert figure.axes[0].get_yticklabels()[0].get_text() == "12288 × 4096"
     labels = [text.get_text() for text in made[0][0].legends[0].get_texts()]
-    assert "8 tokens, here" in labels and "8 tokens, the paper's GPU" in labels and "16 tokens, here" not in labels
+    assert "8 tokens, measured" in labels and "8 tokens, the paper's GPU" in labels
+    assert "16 tokens, measured" not in labels
     assert "bandwidth reached, 1 token (% of copying)" in made[3][0].axes[0].get_xlabel()
 
 

@@ -32,7 +32,13 @@ from flexq_core.studies.report.own_numbers import (
     readings_table,
     shared_memory_bars,
 )
-from flexq_core.studies.report.plots import plot_end_to_end, plot_kernels, plot_perplexity
+from flexq_core.studies.report.plots import (
+    end_to_end_note,
+    kernels_note,
+    plot_end_to_end,
+    plot_kernels,
+    plot_perplexity,
+)
 from flexq_core.workbook.records import Measurement
 
 if TYPE_CHECKING:
@@ -41,7 +47,9 @@ if TYPE_CHECKING:
 __all__ = [
     "ReportStudy",
     "directions",
+    "end_to_end_note",
     "findings_table",
+    "kernels_note",
     "plot_end_to_end",
     "plot_kernels",
     "plot_perplexity",

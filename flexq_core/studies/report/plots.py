@@ -11,6 +11,7 @@ from flexq_core.studies.report.evidence import (
     DATASETS,
     HEADLINES,
     QUANTITIES,
+    Ratios,
     end_to_end_ratios,
     kernel_ratios,
     measured_perplexities,
@@ -60,7 +61,7 @@ def plot_perplexity(records: pd.DataFrame) -> Figure:
 
 def plot_kernels(records: pd.DataFrame) -> Figure:
     """The paper's speed-up over INT8 cuBLAS by shape and batch, ABQ-LLM beside it, ours as stars where measured."""
-    table, ours = paper_kernel_ratios(), kernel_ratios(records, "INT8").of
+    table, (card, ours) = paper_kernel_ratios(), kernel_ratios(records, "INT8")
     shapes = paper.kernel_shapes()[::-1]
     model_of = {(r.outputs, r.features): r.model for r in table.itertuples()}
     figure, axes = plt.subplots(1, 3, figsize=(figures.FULL_PAGE[0], 5.2), sharey=True, sharex=True)
@@ -68,11 +69,11 @@ def plot_kernels(records: pd.DataFrame) -> Figure:
         at = [shapes.index((r.outputs, r.features)) for r in rows.itertuples()]
         axis.hlines(at, rows["abq"], rows["flexq"], color=figures.NEUTRAL, lw=1.5)
         axis.plot(rows["abq"], at, "s", color="#e69f00", ms=4.5, label="ABQ-LLM")
-        axis.plot(rows["flexq"], at, "o", color=figures.MAIN, ms=5, label="FlexQ")
+        axis.plot(rows["flexq"], at, "o", color=figures.MAIN, ms=5, label="FlexQ, the paper's GPU")
         mine = {case: ratio for case, ratio in ours.items() if case[2] == tokens and case[:2] in shapes}
         if mine:
             places = [shapes.index(case[:2]) for case in mine]
-            axis.scatter(list(mine.values()), places, label="FlexQ, measured here", **_OURS)
+            axis.scatter(list(mine.values()), places, label=f"FlexQ, {card}", **_OURS)
         axis.axvline(1, color=figures.INK, lw=0.8, ls="--")
         axis.set_title(f"batch {tokens}")
         for place in range(4, len(shapes), 4):
@@ -92,14 +93,14 @@ def plot_end_to_end(records: pd.DataFrame) -> Figure:
     shades = dict(zip(lengths, ("#b3cde3", "#6baed6", figures.MAIN, "#08306b"), strict=True))
     figure, axes = plt.subplots(1, 2, figsize=figures.FULL_PAGE)
     for axis, quantity in zip(axes, QUANTITIES, strict=True):
-        ours = end_to_end_ratios(records, quantity, "W8A8").of
+        card, ours = end_to_end_ratios(records, quantity, "W8A8")
         for offset, tokens in enumerate(lengths):
             rows = table[table["output_tokens"] == tokens].set_index("model")[quantity]
             places = [models.index(model) + 0.2 * (offset - 1.5) for model in rows.index]
             axis.bar(places, rows, width=0.18, color=shades[tokens], label=f"{tokens} tokens")
             stars = {place: ours.get((model, tokens)) for place, model in zip(places, rows.index, strict=True)}
             stars = {place: ratio for place, ratio in stars.items() if ratio is not None}
-            axis.scatter(list(stars), list(stars.values()), label="measured here" if stars else None, **_OURS)
+            axis.scatter(list(stars), list(stars.values()), label=card if stars else None, **_OURS)
         axis.axhline(HEADLINES[quantity], color=figures.ACCENT, lw=1.2, ls="--", label="the abstract")
         top = max([table[quantity].max(), *ours.values()])
         axis.set(title=f"the abstract: {HEADLINES[quantity]}×")
@@ -107,5 +108,20 @@ def plot_end_to_end(records: pd.DataFrame) -> Figure:
         axis.set_xticks(range(len(models)), models)
         axis.grid(False, axis="x")
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     return figure
+
+
+def kernels_note(records: pd.DataFrame) -> str:
+    """What the stars of `plot_kernels` are, for its caption."""
+    return _stars(kernel_ratios(records, "INT8"))
+
+
+def end_to_end_note(records: pd.DataFrame) -> str:
+    """What the stars of `plot_end_to_end` are, for its caption."""
+    return _stars(*(end_to_end_ratios(records, quantity, "W8A8") for quantity in QUANTITIES))
+
+
+def _stars(*shown: Ratios) -> str:
+    cards = dict.fromkeys(ratios.card for ratios in shown if ratios.of)
+    return f"stars: this workbook's on {' and '.join(cards)}" if cards else "no GPU's of this workbook is on record"
