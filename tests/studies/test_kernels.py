@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from flexq_core.runtime import cpu
 from flexq_core.sources import paper
 from flexq_core.studies import kernels, kernels_claims, kernels_combinations, kernels_compared, kernels_gpu
 from flexq_core.studies.kernels import KernelStudy, claims, limits_us, read_shapes
@@ -201,7 +202,7 @@ def times(**methods) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(
-    ("cpu", "holds", "detail"),
+    ("median", "holds", "detail"),
     [
         ((80, 100), True, "0.89 of"),
         ((100, 120), True, "1.10 of"),
@@ -209,12 +210,22 @@ def times(**methods) -> pd.DataFrame:
         ((50, 200), True, "1.00"),
     ],
 )
-def test_the_speed_claim_is_on_the_geometric_mean(cpu, holds, detail):
-    claim = claims(times(cpu=cpu, torch_int8=(100, 100)))[1]
+@pytest.mark.parametrize("isa", ["amx", "avx512"])
+def test_the_speed_claim_is_on_the_geometric_mean(isa, median, holds, detail, monkeypatch):
+    monkeypatch.setattr(cpu, "available_isas", lambda: [isa, "avx2", "portable"])
+    claim = claims(times(cpu=median, torch_int8=(100, 100)))[1]
     assert claim[1] is holds and claim[2].startswith(detail)
 
 
-def test_a_busy_machine_cannot_tell():
+@pytest.mark.parametrize("median", [(80, 80), (150, 150)])
+def test_without_products_of_bytes_speed_is_told_and_not_claimed(median, monkeypatch):
+    monkeypatch.setattr(cpu, "available_isas", lambda: ["avx2", "portable"])
+    told = f"{median[0] / 100:.2f} of torch-int8's time over 2 shapes; the fastest path of this processor is avx2"
+    assert claims(times(cpu=median, torch_int8=(100, 100)))[1][1:] == (None, told)
+
+
+def test_a_busy_machine_cannot_tell(monkeypatch):
+    monkeypatch.setattr(cpu, "available_isas", lambda: ["avx512"])
     table = times(cpu=(200, 200), torch_int8=(100, 100))
     table.loc[0, "preemptions_per_call"] = 2.0
     assert claims(table)[1][1:] == (
