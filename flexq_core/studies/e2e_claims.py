@@ -25,7 +25,7 @@ AT_MOST_PREEMPTIONS = 1.0
 RATIOS_PROMPT = 128
 """Tokens of the prompt with which ratios of decoding and of memory are claimed."""
 PREFILL_PROMPT = 1024
-"""Tokens of the prompt with which only the first token is claimed."""
+"""Tokens of the prompt with which the first token is claimed, and no ratio of decoding or memory."""
 AT_LEAST_AS_FAST = {
     "llama-13b": {"fp16": 2.0, "w8a8": 1.33, "smoothquant-w8a8": 1.33, "fp8": 1.2},
     **{model: {"fp16": 1.9} for model in ("llama-7b", "llama-30b", "opt-30b")},
@@ -36,8 +36,6 @@ AT_LEAST_AS_SMALL = {"llama-13b": {"fp16": 2.28, "w8a8": 1.24, "smoothquant-w8a8
 FP16_OVER_LIMIT = {"llama-7b": 4.68 / 3.17, "llama-13b": 8.28 / 6.1}
 """Model → how many times its byte limit FP16 may take for a token, else FlexQ were compared with a straw man: ms that a careful
 torch.compile took on an H200, over the limit there, so that it holds of other cards."""
-ON_ONE_CARD = ("llama-2-70b",)
-"""Models that FP16 does not fit."""
 
 
 def claims(
@@ -89,24 +87,15 @@ def _ratio_claims(best: pd.DataFrame, ours: str, model: str, prompt_tokens: int)
     """How many times as long, and as much memory, the others take as FlexQ."""
     name = TITLES.get(ours, ours)
     memory = best["weights_mib"] + best["kv_cache_mib"]
-    quantities = [
-        (
-            best["tpot_ms"],
-            "ms a token",
-            AT_LEAST_AS_FAST[model],
-            f"{name} decodes a token at least {{0}} times as fast as {{1}}",
-        ),
-        (
-            memory,
-            "MiB",
-            AT_LEAST_AS_SMALL.get(model, {}),
-            f"{name}'s weights and cache take at most 1 / {{0}} of {{1}}'s",
-        ),
-    ]
-    if prompt_tokens == PREFILL_PROMPT:
-        quantities = []
     first = f"{name}'s first token after {prompt_tokens} takes no longer than {{1}}'s"
-    quantities.append((best["ttft_ms"], "ms", {"fp16": 1}, first))
+    quantities = [(best["ttft_ms"], "ms", {"fp16": 1}, first)]
+    if prompt_tokens == RATIOS_PROMPT:
+        faster = f"{name} decodes a token at least {{0}} times as fast as {{1}}"
+        smaller = f"{name}'s weights and cache take at most 1 / {{0}} of {{1}}'s"
+        quantities[:0] = [
+            (best["tpot_ms"], "ms a token", AT_LEAST_AS_FAST[model], faster),
+            (memory, "MiB", AT_LEAST_AS_SMALL.get(model, {}), smaller),
+        ]
     found: list[tuple[str, bool | None, str]] = []
     for values, unit, ratios, text in quantities:
         for other, least in ratios.items():
@@ -127,7 +116,7 @@ def _ratio_claims(best: pd.DataFrame, ours: str, model: str, prompt_tokens: int)
 
 
 def _engine_claims(best: pd.DataFrame, ours: str, model: str) -> list[tuple[str, bool | None, str]]:
-    """What a GPU's engine owes: the eager model's tokens, FP16 near its byte limit, and what FP16 has no room for."""
+    """What a GPU's engine owes: the eager model's tokens, and FP16 near its byte limit."""
     name = TITLES.get(ours, ours)
     found: list[tuple[str, bool | None, str]] = []
     compared = best.get("tokens_compared", pd.Series(dtype=float)).get(ours)
@@ -136,18 +125,13 @@ def _engine_claims(best: pd.DataFrame, ours: str, model: str) -> list[tuple[str,
         text = f"{name}'s tokens of the captured step are those of the eager model"
         told = f"{agreed:.0f} of {compared:.0f}"
         found.append((text, True, told) if agreed == compared else (text, None, f"{told}; {_COMPILED}"))
-    beside = best.reindex(columns=["tpot_ms", "limit_ms"])
-    told = beside.apply(lambda r: f"{r['tpot_ms']:.4g} ms a token, its bytes take {r['limit_ms']:.4g} ms", axis=1)
-    times = beside["tpot_ms"] / beside["limit_ms"]
-    told += times.map(", {:.2f} ×".format)
-    if model in FP16_OVER_LIMIT and pd.notna(times.get("fp16")):
+    took, limit = (best.get(column, pd.Series(dtype=float)).get("fp16") for column in ("tpot_ms", "limit_ms"))
+    if model in FP16_OVER_LIMIT and pd.notna(limit):
         at_most = FP16_OVER_LIMIT[model]
         text = f"{model}: FP16 takes at most {at_most:.2f} × as long for a token as its bytes"
+        told = f"{took:.4g} ms a token, its bytes take {limit:.4g} ms, {took / limit:.2f} ×"
         obstacle = _obstacle(best, "fp16", "fp16")
-        detail = f"{told['fp16']}; {obstacle}" if obstacle else told["fp16"]
-        found.append((text, None if obstacle else bool(times["fp16"] <= at_most), detail))
-    if model in ON_ONE_CARD and pd.notna(times[ours]):
-        found.append((f"{model}: {name} decodes on one card", True, told[ours]))
+        found.append((text, None, f"{told}; {obstacle}") if obstacle else (text, bool(took / limit <= at_most), told))
     return found
 
 

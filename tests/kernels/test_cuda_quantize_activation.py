@@ -36,14 +36,12 @@ def decode(records, tokens, features, bits, backend):
         codes = area.view(np.int8).astype(np.int64).reshape(blocks, groups, tiles, 2, 8, 64)  # k / 64, token, k % 64
         codes = codes.transpose(0, 2, 4, 1, 3, 5)
     elif backend == "wgmma":
-        units = (
-            area.view(np.int8).astype(np.int64).reshape(blocks, groups, tiles, 8, 8, 4, 4)
-        )  # token, 16 bytes, k / 16 % 4, k % 4
-        units = np.stack([units[:, :, :, m, np.arange(8) ^ m] for m in range(8)], 3)  # 16 bytes are k / 64, k / 4 % 4
+        # Token, 16 bytes, k / 16 % 4, k % 4; of token m, bytes i ^ m are those of i = k / 64, k / 4 % 4.
+        units = area.view(np.int8).astype(np.int64).reshape(blocks, groups, tiles, 8, 8, 4, 4)
+        units = np.stack([units[:, :, :, m, np.arange(8) ^ m] for m in range(8)], 3)
         codes = units.reshape(blocks, groups, tiles, 8, 2, 4, 4, 4).transpose(0, 2, 3, 1, 4, 6, 5, 7)
-        scales = scales.reshape(blocks, groups, tiles // 2, 4, 2, 2).transpose(
-            0, 1, 2, 4, 3, 5
-        )  # token / 2 % 4, token / 8 % 2, token % 2
+        # Token / 2 % 4, token / 8 % 2, token % 2.
+        scales = scales.reshape(blocks, groups, tiles // 2, 4, 2, 2).transpose(0, 1, 2, 4, 3, 5)
         scales = scales.reshape(blocks, groups, tiles, 8)
     else:
         planes = area[..., : bits * 128].reshape(blocks, groups, tiles, bits, 8, 16)  # plane, token, k / 8
