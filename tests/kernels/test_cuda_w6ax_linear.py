@@ -49,6 +49,7 @@ def compiles_without_spilling(source, cards, tmp_path, *macros):
         *targets,
         "-Werror",
         "all-warnings",
+        "--threads=0",  # cards side by side
         "-Xptxas",
         "-v",
         "-c",
