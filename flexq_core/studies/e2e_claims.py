@@ -61,7 +61,7 @@ def claims(
 
 
 def has_ratios(card: str, prompt_tokens: int) -> bool:
-    """Whether ratios are claimed of whole models on this card with such a prompt."""
+    """Whether ratios, of decoding or of the first token alone, are claimed of whole models on this card with such a prompt."""
     return is_hopper(card) and prompt_tokens in (RATIOS_PROMPT, PREFILL_PROMPT)
 
 
