@@ -37,12 +37,15 @@ inline void check(cudaError_t status, const char* what) {
 
 inline void check_launch(const char* what) { check(cudaGetLastError(), what); }
 
-inline int multiprocessor_count(const char* what) {
-  int device = 0, count = 0;
+// Of the current card.
+inline int device_attribute(const char* what, cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   check(cudaGetDevice(&device), what);
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), what);
-  return count;
+  check(cudaDeviceGetAttribute(&value, attribute, device), what);
+  return value;
 }
+
+inline int multiprocessor_count(const char* what) { return device_attribute(what, cudaDevAttrMultiProcessorCount); }
 
 // How many blocks of a kernel the current card runs at once, or 0 where it has too little shared memory for one. Asked once a
 // kernel and card, since every call of a layer wants to know.
@@ -50,13 +53,12 @@ template <class Kernel>
 int blocks_at_once(const char* what, Kernel kernel, int threads, int shared_bytes) {
   static std::mutex guard;
   static std::map<std::pair<Kernel, int>, int> known;  // kernels of one signature share these
-  int device = 0, most = 0, blocks = 0;
+  int device = 0, blocks = 0;
   check(cudaGetDevice(&device), what);
   const std::lock_guard<std::mutex> held(guard);
   const auto found = known.find({kernel, device});
   if (found != known.end()) return found->second;
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
-  if (shared_bytes > most) return known[{kernel, device}] = 0;
+  if (shared_bytes > device_attribute(what, cudaDevAttrMaxSharedMemoryPerBlockOptin)) return known[{kernel, device}] = 0;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), what);
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), what);
   return known[{kernel, device}] = blocks * multiprocessor_count(what);
@@ -69,9 +71,6 @@ struct Launch {
   cudaLaunchConfig_t config{};
 
   Launch(const char* what, dim3 grid, int threads, int shared_bytes, int cluster, cudaStream_t stream) {
-    int device = 0, major = 0;
-    check(cudaGetDevice(&device), what);
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), what);
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
@@ -81,7 +80,7 @@ struct Launch {
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = attributes;
-    config.numAttrs = major < 9 ? 0 : cluster == 1 ? 1 : 2;
+    config.numAttrs = device_attribute(what, cudaDevAttrComputeCapabilityMajor) < 9 ? 0 : cluster == 1 ? 1 : 2;
   }
   Launch(const Launch&) = delete;  // config points into it
 };

@@ -1,16 +1,19 @@
 // W6Ax for many tokens on Hopper: 6-bit weights become bytes in registers and meet the activations in shared memory (s8 wgmma).
 //
-// A block computes tiles of 128 outputs x kTokens tokens. One warp fetches and leaves; two warpgroups multiply, each 64 outputs. Weights
-// go from shared memory to registers, where a code costs 0.8 instructions to expand, and from there straight into the tensor cores: what
-// is expanded is never stored. Then the sums are scaled and added in float32, three instructions a sum and group, which meet the tensor
-// cores at the ports of the registers: with many tokens both are busy half of the time. So with 256 tokens they multiply 64 of them
-// while the warpgroup adds the 64 before, and a block takes one tile after the other: while sums are stored, the next tile's stages fill.
+// A block computes tiles of 128 outputs x kTokens tokens. One warp fetches and leaves; a team of two warpgroups multiplies, each 64
+// outputs, or two teams that take the groups in turn. Weights go from shared memory to registers, where a code costs 0.8 instructions to
+// expand, and from there straight into the tensor cores: what is expanded is never stored. Then the sums are scaled and added in float32,
+// three instructions a sum and group. With 256 tokens the tensor cores multiply 64 of them while the warpgroup adds the 64 before, and a
+// block takes one tile after the other: while sums are stored, the next tile's stages fill.
+//
+// What bounds it is the ports of the registers. The tensor cores read and write all sums of a k-step through them, and while they do, an
+// instruction takes three cycles instead of 1.4. A group of a tile is 1024 cycles of tensor cores and 2 x 530 instructions a scheduler:
+// 341 of these fit into those cycles, and the others take as long again. To start sums at kMagicBits, which spares a conversion, adds a
+// read of every sum instead, and gains nothing.
 //
 // Where there are fewer tiles than multiprocessors, a cluster of blocks shares the groups of a tile, and each block adds up its share of
 // the tokens from its neighbours' shared memory, in their order: the result does not depend on timing.
 #include <cooperative_groups.h>
-
-#include <algorithm>
 
 #include "expand.cuh"
 #include "kernels.h"
@@ -25,10 +28,11 @@ constexpr int kRows = 128;       // of a tile
 constexpr int kTeamWarps = 8;    // two warpgroups
 constexpr int kMostSplit = 8;    // blocks of a cluster
 constexpr int kLeastGroups = 4;  // of a block of a cluster
-constexpr int kFewGroups = 48;   // with which adding up counts
+constexpr int kFewGroups = 48;   // with which clusters' adding up takes longer than reading less saves
 constexpr int kMostRecordTokens = 128;
+constexpr int kFileRegisters = 65536, kFetchRegisters = 24;  // of a multiprocessor; of a fetching thread
 
-constexpr int in_1024(int bytes) { return (bytes + 1023) / 1024 * 1024; }
+constexpr int whole_kib(int bytes) { return (bytes + 1023) / 1024 * 1024; }
 
 // kUnit: tokens that are multiplied at once.  kTeams: of two warpgroups each, which take the groups in turn.
 template <int kTokens, int kUnit, int kTeams, int kStages>
@@ -36,16 +40,19 @@ struct Shape {
   static constexpr int kConsumerWarps = kTeams * kTeamWarps, kConsumers = kConsumerWarps * 32;
   // With up to 64 tokens two blocks fit a multiprocessor, or one of two teams, and one multiplies while the other waits. From 64 on the
   // multiplying warps want more registers than their share: they take those of the fetching warp, for which it has a warpgroup to itself,
-  // since registers move between whole ones only. What it gives must be enough, or they wait for ever.
+  // since registers move between whole ones only.
   static constexpr int kRegisters = kTokens >= 128 ? 240 : kTokens < 64 ? 0 : kTeams == 2 ? 112 : 104;  // 0: as the compiler allots them
   static constexpr int kThreads = kConsumers + (kRegisters ? 128 : 32), kBlocksAtOnce = kTokens >= 128 || kTeams == 2 ? 1 : 2;
+  // As __launch_bounds__ allots them, a multiple of 8; the fetching warpgroup keeps kFetchRegisters.
+  static constexpr int kAllotted = kFileRegisters / (kThreads * kBlocksAtOnce) / 8 * 8;
+  static_assert(kConsumers * kRegisters + 128 * kFetchRegisters <= kThreads * kAllotted, "no warp waits for registers for ever");
   static constexpr bool kManyTiles = kTokens == 256;  // a block takes more than one where there are more than blocks at once
   static constexpr int kChunks = kRows / kChunkRows;
   static constexpr int kRecordTokens = kTokens < kMostRecordTokens ? kTokens : kMostRecordTokens, kRecords = kTokens / kRecordTokens;
   static constexpr int kRecordBytes = activation_record_bytes(Order::swizzled, 8, kRecordTokens / kTokenTile);
   // Swizzled operands begin at multiples of 1024 bytes, and so do every stage and every record in it; the chunks follow the last.
-  static constexpr int kRecordStride = in_1024(kRecordBytes), kChunksAt = (kRecords - 1) * kRecordStride + kRecordBytes;
-  static constexpr int kStageBytes = in_1024(kChunksAt + kChunks * kChunkBytes);
+  static constexpr int kRecordStride = whole_kib(kRecordBytes), kChunksAt = (kRecords - 1) * kRecordStride + kRecordBytes;
+  static constexpr int kStageBytes = whole_kib(kChunksAt + kChunks * kChunkBytes);
   static constexpr int kSumStride = kRows + 4;  // floats; 8 q + g are 32 different banks
   static constexpr int kTeamSums = kTokens * kSumStride;
   static constexpr int kTurnedBytes = kManyTiles ? kUnit * 16 * 2 : 0;  // of a warp: a unit of its 16 outputs, two bytes each
@@ -208,7 +215,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThrea
   __syncthreads();
 
   if (warp >= Parts::kConsumerWarps) {
-    if constexpr (Parts::kRegisters > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if constexpr (Parts::kRegisters > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFetchRegisters));
     if (warp > Parts::kConsumerWarps) return;
     const uint64_t policy = token_tiles == 1 ? evict_first() : evict_last();
     int stage = 0, parity = 0;
@@ -216,9 +223,11 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThrea
       // Lane c fetches chunk c of the tile's outputs; past the last outputs the last chunk is read again, and nothing of it is stored.
       const int chunk = min(tile / token_tiles * Parts::kChunks + lane, (p.outputs - 1) / kChunkRows);
       const uint8_t* weights = p.weight + (int64_t(chunk) * p.groups + first_group) * kChunkBytes;
-      // Lane r record r of the tile's tokens.
-      const int record = min(tile % token_tiles * Parts::kRecords + lane, (p.tokens - 1) / Parts::kRecordTokens);
+      // Of two records of tokens the second may be past the last: then the first is read again.
+      const int record = tile % token_tiles * Parts::kRecords;
+      const bool both = (record + 1) * Parts::kRecordTokens < p.tokens;
       const uint8_t* records = p.activations + (int64_t(record) * p.groups + first_group) * Parts::kRecordBytes;
+      const int64_t second = both ? int64_t(p.groups) * Parts::kRecordBytes : 0;
       const auto fetch_weights = [&](int s) {
         if (lane == 0) barrier_expect(full + s, Parts::kRecords * Parts::kRecordBytes + Parts::kChunks * kChunkBytes);
         __syncwarp();
@@ -227,8 +236,11 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThrea
         weights += kChunkBytes;
       };
       const auto fetch_records = [&](int s) {
-        uint8_t* const to = shared + s * Parts::kStageBytes + lane * Parts::kRecordStride;
-        if (lane < Parts::kRecords) bulk_copy(to, records, Parts::kRecordBytes, full + s);
+        uint8_t* const to = shared + s * Parts::kStageBytes;
+        if (lane == 0) {  // all by one lane: copies of several are 2% slower
+          bulk_copy(to, records, Parts::kRecordBytes, full + s);
+          if constexpr (Parts::kRecords == 2) bulk_copy(to + Parts::kRecordStride, records + second, Parts::kRecordBytes, full + s);
+        }
         records += Parts::kRecordBytes;
       };
       int left = groups;
