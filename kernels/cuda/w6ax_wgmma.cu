@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThrea
       const int record = tile % token_tiles * Parts::kRecords;
       const bool both = (record + 1) * Parts::kRecordTokens < p.tokens;
       const uint8_t* records = p.activations + (int64_t(record) * p.groups + first_group) * Parts::kRecordBytes;
-      const int64_t second = both ? int64_t(p.groups) * Parts::kRecordBytes : 0;
+      const uint8_t* second = records + (both ? int64_t(p.groups) * Parts::kRecordBytes : 0);
       const auto fetch_weights = [&](int s) {
         if (lane == 0) barrier_expect(full + s, Parts::kRecords * Parts::kRecordBytes + Parts::kChunks * kChunkBytes);
         __syncwarp();
@@ -239,9 +239,9 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThrea
         uint8_t* const to = shared + s * Parts::kStageBytes;
         if (lane == 0) {  // all by one lane: copies of several are 2% slower
           bulk_copy(to, records, Parts::kRecordBytes, full + s);
-          if constexpr (Parts::kRecords == 2) bulk_copy(to + Parts::kRecordStride, records + second, Parts::kRecordBytes, full + s);
+          if constexpr (Parts::kRecords == 2) bulk_copy(to + Parts::kRecordStride, second, Parts::kRecordBytes, full + s);
         }
-        records += Parts::kRecordBytes;
+        records += Parts::kRecordBytes, second += Parts::kRecordBytes;
       };
       int left = groups;
       if (tile == first_tile) {  // weights do not depend on the kernel before, activations do
@@ -313,15 +313,15 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThrea
             if (step + kTeams < groups) load_words();
             wgmma_wait<0>(sum);
           }
+          float scaled_sum[kUnit / 2];
+#pragma unroll
+          for (int e = 0; e < kUnit / 2; ++e) scaled_sum[e] = __int2float_rn(sum[e]) * (e % 4 < 2 ? sw.x : sw.y);
 #pragma unroll
           for (int j = 0; j < kUnit / 16; ++j) {
             const float4 of_four = j < kEarlyScales ? early[j] : scales[4 * j];
             const float s[4] = {of_four.x, of_four.y, of_four.z, of_four.w};
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-              const int e = 8 * j + i;
-              sums[unit][e] = fmaf(__int2float_rn(sum[e]) * (i % 4 < 2 ? sw.x : sw.y), s[i / 4 * 2 + i % 2], sums[unit][e]);
-            }
+            for (int i = 0; i < 8; ++i) sums[unit][8 * j + i] = fmaf(scaled_sum[8 * j + i], s[i / 4 * 2 + i % 2], sums[unit][8 * j + i]);
           }
         }
         barrier_arrive(done);
