@@ -443,9 +443,55 @@ def test_kernels_that_overlap_count_once():
 
 
 def test_the_kernels_of_products_are_named_with_their_shares():
-    kernels = [(0, 6, "void flexq::w6ax_wgmma_kernel<8>(int)"), (6, 8, "nvjet_hsh_64x8"), (8, 40, "fmha_cutlassF")]
-    assert steps.products(kernels) == "flexq::w6ax_wgmma_kernel 75%, nvjet_hsh_64x8 25%"
-    assert steps.products(kernels[2:]) == ""
+    ours = "void flexq::(anonymous namespace)::w6ax_wgmma_kernel<{}>(flexq::Linear, int)"
+    kernels = [(0, 4, ours.format(64)), (4, 6, ours.format(128)), (6, 8, "nvjet_hsh_64x8"), (8, 40, "fmha_cutlassF")]
+    assert steps.products(kernels) == "w6ax_wgmma_kernel 75%, nvjet_hsh_64x8 25%"
+    assert steps.products(kernels[3:]) == ""
+
+
+_GEMM_UNIVERSAL = "cutlass::gemm::kernel::GemmUniversal"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        ("void flexq::(anonymous namespace)::w6ax_imma_kernel<2, 4, 4, 1>(flexq::Linear)", "w6ax_imma_kernel"),
+        ("void flexq::(anonymous namespace)::w6ax_bmma_kernel<6, 1, 8, 4, false>(flexq::Linear)", "w6ax_bmma_kernel"),
+        ("void flexq::<unnamed>::w6ax_wgmma_kernel<256, 64, 1, 4>(flexq::Linear, int, int, int)", "w6ax_wgmma_kernel"),
+        ("nvjet_sm90_hsh_128x8_64x12_4x1_v_bz_splitK_TNT", "nvjet_sm90_hsh_128x8_64x12_4x1_v_bz_splitK_TNT"),
+        (
+            "sm90_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize64x64x64_execute_segment_k_off_kernel__5x_cublas",
+            "sm90_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize64x64x64_execute_segment_k_off_kernel__5x_cublas",
+        ),
+        (
+            "void cublasLt::splitKreduce_kernel<32, 16, int, float, __half, float>(cublasLt::cublasSplitKParams<float>)",
+            "cublasLt::splitKreduce_kernel",
+        ),
+        (
+            "void gemv2T_kernel_val<int, int, __half, __half, __half, float, 128, 16, 4, 4, false>(int)",
+            "gemv2T_kernel_val",
+        ),
+        (
+            "std::enable_if<!(false), void>::type internal::gemvx::kernel<int, int, __half>(cublasGemvParamsEx<int>)",
+            "internal::gemvx::kernel",
+        ),
+        (
+            "void cutlass::Kernel2<cutlass_80_tensorop_s16816gemm_f16_64x64_32x6_tn_align8>(Params)",
+            "cutlass_80_tensorop_s16816gemm_f16_64x64_32x6_tn_align8",
+        ),
+        (f"void cutlass::device_kernel<{_GEMM_UNIVERSAL}<cute::tuple<int, int> > >(Params)", _GEMM_UNIVERSAL),
+        (
+            f"void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<{_GEMM_UNIVERSAL}<int> > >(Params)",
+            _GEMM_UNIVERSAL,
+        ),
+        ("void cutlass::device_kernel<Custom>(Params)", "cutlass::device_kernel"),
+        ("triton_tem_fused_mm_3", "triton_tem_fused_mm_3"),
+        ("triton_red_fused__to_copy_mm_mul_0", "triton_red_fused__to_copy_mm_mul_0"),
+    ],
+)
+def test_a_product_has_a_name_that_a_reader_knows(kernel, name):
+    assert steps.part_of(kernel) == "gemm"
+    assert steps.product_name(kernel) == name
 
 
 @pytest.mark.parametrize(
