@@ -49,7 +49,8 @@ def test_what_auto_means_is_told_for_each_layer(monkeypatch):
     model = quantize_model(plain, PrecisionPlan("mixed", precision), backend="reference")
 
     def prepare(layer):  # as on a GPU
-        return "auto" if layer.precision.weight_bits == 6 else "bmma", None
+        chunks = torch.empty(0, layer.weight_scale.shape[1], 0)
+        return "auto" if layer.precision.weight_bits == 6 else "bmma", chunks
 
     monkeypatch.setattr(FlexQLinear, "prepare", prepare)
     monkeypatch.setattr(cuda, "backend_for", lambda m, k, n, _: "wgmma" if m >= 48 and n > k else "imma")

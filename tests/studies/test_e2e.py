@@ -402,10 +402,19 @@ def test_a_record_says_on_what_its_method_ran(run, as_on_gpu):
     dtypes = {record.method: record.parameters["dtype"] for record in read_jsonl(run.records.path)}
     assert dtypes == {"fp32": "float32", "bf16": "bfloat16", "w6a6": "float32"}
     on_gpu = as_on_gpu("demo-llama")
-    told = {m: linears.kernels_of(on_gpu.build(m, "reference")) for m in ("w8a8", "smoothquant-w8a8")}
+    told = {m: linears.kernels_of(on_gpu.build(m, "reference"), 1) for m in ("w8a8", "smoothquant-w8a8")}
     assert told["w8a8"] == (8, "8 × torch._int_mm, a scale a token")
     assert told["smoothquant-w8a8"] == (8, "8 × torch._int_mm, a scale a layer")
     assert on_gpu._inputs("fp8", "torch")["dtype"] == "bfloat16"
+
+
+def test_a_record_tells_the_kernels_of_a_step_and_of_the_prompt_where_they_differ(run, monkeypatch):
+    monkeypatch.setattr(linears.FlexQLinear, "backend_for", lambda _, tokens: {1: "imma"}.get(tokens, f"for {tokens}"))
+    study = EndToEndStudy(run, **SMALL | {"methods": "w6a6", "prompt_tokens": 5})
+    study.table()
+    (note,) = [record.reason for record in read_jsonl(run.records.path) if record.metric == "linear_layers"]
+    layers = len(linear_layers(study.loaded.model))
+    assert note == f"{layers} × flexq imma; for the prompt {layers} × flexq for 5"
 
 
 def test_fp8_is_skipped_where_it_does_not_run(run):

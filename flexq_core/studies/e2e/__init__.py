@@ -387,7 +387,10 @@ class EndToEndStudy:
 
     def _timed(self, model: nn.Module, method: str, backend: str) -> dict[str, Measurement]:
         checked = self._checked
-        layers, kernels = kernels_of(model)
+        layers, kernels = kernels_of(model, self.batch_size)
+        _, kernels_of_prompt = kernels_of(model, self.batch_size * self.prompt_tokens)
+        if kernels_of_prompt != kernels:
+            kernels = f"{kernels}; for the prompt {kernels_of_prompt}"
         difference = checked._checked_difference(model if checked is self else checked.build(method, backend), method)
         size = model_bytes(model)
         engine = Engine(model, self.batch_size, self.prompt_tokens, self.output_tokens[-1], self.compile_mode)
