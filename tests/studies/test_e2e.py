@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from flexq_core.quant.layers import linear_layers
 from flexq_core.quant.plan import LayerPrecision, PlanError, PrecisionPlan
@@ -293,6 +294,38 @@ def test_smoothing_moves_outliers_into_weights_and_leaves_the_model_alone(archit
     assert 2 * error < plain, (error, plain)
 
 
+def test_smoothing_refuses_a_norm_that_adds_one_to_its_gain():
+    model, ranges = tiny_model("llama").requires_grad_(False), smoothing.Ranges()
+    model.model.layers[1].input_layernorm = GemmaRMSNorm(64).requires_grad_(False)
+    watched = copy.deepcopy(model)
+    ranges.watch_(watched)
+    watched(input_ids=prompt())
+    with pytest.raises(ValueError, match="GemmaRMSNorm computes something else after its channels were rescaled"):
+        smoothing.smoothed(model, ranges)
+
+
+def test_ranges_hold_no_activations_once_what_was_watched_is_gone():
+    model, ranges = tiny_model("llama").requires_grad_(False), smoothing.Ranges()
+    ranges.watch_(model)
+    outputs = []
+    model.model.norm.register_forward_hook(lambda _module, _inputs, output: outputs.append(weakref.ref(output)))
+    model(input_ids=prompt())
+    del model
+    gc.collect()
+    assert outputs[0]() is None and len(ranges.norm_of) > 2
+
+
+def test_ranges_come_from_other_tokens_than_those_that_are_timed(as_on_gpu):
+    study = as_on_gpu("demo-llama")
+    text = study.calibration
+    assert text.shape == (1, min(e2e.CALIBRATION_TOKENS, study.loaded.context_length))
+    assert not any(torch.equal(window, study.prompt[0]) for window in text[0].unfold(0, study.prompt_tokens, 1))
+    assert torch.equal(text, study.resized(2, 5).calibration)
+    ranges = study._ranges
+    assert study.resized(2, 5)._ranges is ranges and ranges.largest
+    assert "prompt" not in vars(study.resized(2, 5))
+
+
 @pytest.fixture
 def as_on_gpu(run):
     """A study of random weights that builds its models as it does on a GPU, on this processor."""
@@ -409,7 +442,7 @@ def test_a_record_says_on_what_its_method_ran(run, as_on_gpu):
 
 
 def test_a_record_tells_the_kernels_of_a_step_and_of_the_prompt_where_they_differ(run, monkeypatch):
-    monkeypatch.setattr(linears.FlexQLinear, "backend_for", lambda _, tokens: {1: "imma"}.get(tokens, f"for {tokens}"))
+    monkeypatch.setattr(FlexQLinear, "backend_for", lambda _, tokens: {1: "imma"}.get(tokens, f"for {tokens}"))
     study = EndToEndStudy(run, **SMALL | {"methods": "w6a6", "prompt_tokens": 5})
     study.table()
     (note,) = [record.reason for record in read_jsonl(run.records.path) if record.metric == "linear_layers"]
