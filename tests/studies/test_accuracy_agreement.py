@@ -85,4 +85,5 @@ def test_on_a_gpu_what_is_scored_is_the_fused_model_whole_or_block_by_block(tmp_
     whole, apart = table("whole", False), table("apart", True)
     assert whole.filter(like="layers_on/").loc["w6a8"].sum() == 4 * 6  # qkv, o, gate and up, down of each block
     assert whole["perplexity"].equals(apart["perplexity"])
+    assert whole["bits_per_weight"].equals(apart["bits_per_weight"])
     assert 0 < abs(whole["change_percent"]["w6a8"]) < 2
