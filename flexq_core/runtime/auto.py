@@ -1,6 +1,6 @@
 """From how many tokens on `auto` takes `wgmma` on a Hopper card, measured by layer: auto.json.
 
-    [{"card": "NVIDIA H200", "outputs": 4096, "features": 4096, "wgmma_from": 128}, ...]
+    [{"card": "NVIDIA H200", "outputs": 12288, "features": 4096, "wgmma_from": 64}, ...]
 
 `imma` and `wgmma` read the same repacked weights, so that each call can take the faster. `imma` shares a layer among more blocks,
 `wgmma` reads activations less often: the larger the layer, the sooner it wins. `python -m flexq_core.studies.kernels --outputs
@@ -21,7 +21,8 @@ CHOICES = ("imma", "wgmma")
 UNMEASURED_FROM = 65
 """Where the table is empty."""
 UNDECIDED_FROM = 129
-"""For a layer whose row says null: `wgmma` was faster for no number that was timed, but reads weights once for 128 tokens."""
+"""For a layer whose row says null: `wgmma` was faster for no number that was timed, but of more than 128 tokens its tiles hold
+128 or 256, those of `imma` 64, and each reads its weights once."""
 
 
 def choice(card: str, tokens: int, outputs: int, features: int) -> str:

@@ -34,7 +34,8 @@ MOST_NORM_FEATURES = 16384
 
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TOKEN_TILES = {"imma": (1, 2, 4, 8), "bmma": (1, 2), "wgmma": (2, 4, 8, 16)}
-"""Of 8 tokens, that a block of a backend's kernel can compute at once."""
+"""Of 8 tokens, that a record of activations can hold for a backend's kernel. A block's tile is the tokens of one record; that of
+`wgmma` for many tokens, 256, takes two."""
 _BUILT_TOGETHER = {(6, 6), (6, 8)}
 """Bits of weights and activations that `bmma` has in the build of all kernels; others have builds of their own."""
 
@@ -351,7 +352,7 @@ def backend_for(tokens: int, features: int, outputs: int, device: torch.device) 
 
 
 def token_tiles(tokens: int, backend: str) -> int:
-    """How many tiles of 8 tokens a block of a backend's kernel computes at once, for so many tokens."""
+    """How many tiles of 8 tokens a record of activations holds for a backend's kernel, of so many tokens."""
     available = _TOKEN_TILES[backend]
     return next((tiles for tiles in available if tokens <= 8 * tiles), available[-1])
 

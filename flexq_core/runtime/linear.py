@@ -195,6 +195,14 @@ class FlexQLinear(nn.Module):
                     parameter.data = parameter.new_empty(len(parameter), 0)
         return self._prepared[1], self.chunks
 
+    def backend_for(self, tokens: int) -> str:
+        """The backend that so many tokens run on: as `prepare`, and for a GPU's `auto` the kernel that it takes of them."""
+        backend, chunks = self.prepare()
+        if backend != "auto":
+            return backend
+        features, outputs = chunks.shape[1] * GROUP_SIZE, len(self.weight_exponent)  # of a shared layer this process's
+        return cuda.backend_for(tokens, features, outputs, chunks.device)
+
     def canonical(self) -> tuple[Tensor, Tensor]:
         """`weight` and `weight_scale` as they are stored, whatever this layer keeps; unpacked anew where it keeps chunks."""
         if not self._holds_chunks_only():

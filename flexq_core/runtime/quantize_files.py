@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from flexq_core.files.tensors import INDEX, SINGLE_FILE, find_tensors, headers, read_tensor
+from flexq_core.files.tensors import INDEX, SINGLE_FILE, find_tensors, headers, names_in_files, read_tensor
 from flexq_core.quant.packing import packed_bytes
 from flexq_core.quant.plan import LayerPrecision, PrecisionPlan
 from flexq_core.quant.quantize import dequantize, quantize_weight
@@ -144,16 +144,15 @@ class _Work:
             raise CheckpointError(f"{source} is quantised already (quant_method {method!r}): start from the original")
         model = empty_model(source)
         plan = resolve_plan(plan, model)
-        places = set(model.state_dict())
-        tensors, left_out = {}, []
-        for stored, (file, shape, dtype) in find_tensors(source).items():
-            # Files of a model's base leave its prefix out; a few add one.
-            names = (stored, f"{model.base_model_prefix}.{stored}", stored.removeprefix(f"{model.base_model_prefix}."))
-            name = next((name for name in names if name in places), None)
-            if name is None:
-                left_out.append(stored)
-            else:
-                tensors[name] = file, stored, shape, dtype
+        found = find_tensors(source)
+        names = names_in_files(model.state_dict().keys(), found, model.base_model_prefix)
+        place = {stored: name for name, stored in names.items()}
+        tensors = {
+            place[stored]: (file, stored, shape, dtype)
+            for stored, (file, shape, dtype) in found.items()
+            if stored in place
+        }
+        left_out = [stored for stored in found if stored not in place]
         require_tensors(model, {name: (file, shape, dtype) for name, (file, _, shape, dtype) in tensors.items()})
         return cls(config, model, plan, scales, tensors, tuple(left_out))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flexq_core.files.tensors import INDEX, TensorError, find_tensors, read_index, read_tensor
+from flexq_core.files.tensors import INDEX, TensorError, find_tensors, names_in_files, read_index, read_tensor
 from flexq_core.quant.layers import decoder_blocks
 
 
@@ -38,17 +38,9 @@ class ModelOnDisk:
         self.model = model.eval().requires_grad_(False)
         self.device = torch.device(device)
         self.blocks = decoder_blocks(model)
-        self._stored = self._names_in_files()
+        names = model.state_dict().keys()
+        self._stored = {n: n for n in names} | names_in_files(names, self._tensors, model.base_model_prefix)
         self._load_the_rest()
-
-    def _names_in_files(self) -> dict[str, str]:
-        """Name in the model → name in the files, which lack the prefix where they were saved from the model without its head."""
-        prefix = f"{self.model.base_model_prefix}."
-        stored = {}
-        for name in self.model.state_dict():
-            bare = name.removeprefix(prefix)
-            stored[name] = bare if name not in self._tensors and bare in self._tensors else name
-        return stored
 
     def _load_the_rest(self) -> None:
         """Load what is in no block, and check that the blocks' tensors are there."""

@@ -106,10 +106,28 @@ def require_same_function(model: nn.Module, rescaled: nn.Module) -> None:
     ids = torch.arange(8, device=device)[None]
     with torch.no_grad():
         before, after = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, rescaled))
+    _require_same(
+        model, before, after, "models with plain norm gains and a gated or ReLU MLP (LLaMA, Mistral, Qwen, OPT)"
+    )
+
+
+@torch.no_grad()
+def require_same_norm(norm: nn.Module, rescaled: nn.Module, factors: Tensor) -> None:
+    """Raise ValueError unless a norm's channels come out multiplied by `factors` [channels] float32, up to rounding.
+
+    What `require_same_function` asks of a model, where only a block of it is at hand.
+    """
+    weight = norm.weight
+    x = torch.linspace(-1, 1, 2 * len(weight), device=weight.device).view(2, -1).to(weight.dtype)
+    before, after = norm(x).float() * factors, rescaled(x).float()
+    _require_same(norm, before, after, "norms with plain gains (those of LLaMA, Mistral, Qwen, OPT)")
+
+
+def _require_same(module: nn.Module, before: Tensor, after: Tensor, accepted: str) -> None:
     error = ((after - before).norm() / before.norm()).item()
-    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    tolerance = 1e-4 if next(module.parameters()).dtype == torch.float32 else 5e-2
     if not error < tolerance:
         raise ValueError(
-            f"{type(model).__name__} computes something else after its channels were rescaled (relative change "
-            f"{error:.1e}); accepted: models with plain norm gains and a gated or ReLU MLP (LLaMA, Mistral, Qwen, OPT)"
+            f"{type(module).__name__} computes something else after its channels were rescaled (relative change "
+            f"{error:.1e}); accepted: {accepted}"
         )

@@ -330,10 +330,10 @@ class AccuracyStudy:
             return self.model
         if method in _BASELINES:
             return _BASELINES[method](self.model, self.calibration if method in WHOLE_MODEL else None)
-        return self._as_served(replace_linear_layers(self.model, self.replacement(method, backend)), method)
+        return self._fuse_as_served_(replace_linear_layers(self.model, self.replacement(method, backend)), method)
 
-    def _as_served(self, model: nn.Module, method: str) -> nn.Module:
-        """A model or a block under this method, in place: on a GPU FlexQ's is fused, as it is when it is timed or used."""
+    def _fuse_as_served_(self, model: nn.Module, method: str) -> nn.Module:
+        """On a GPU fuse a model or a block under this method in place, if it is FlexQ's, as it is when it is timed or used."""
         ours = method != UNQUANTISED and method not in _BASELINES
         return fuse_(model) if ours and torch.device(self.run.device).type == "cuda" else model
 
@@ -410,8 +410,9 @@ class AccuracyStudy:
 
         def load_block(name: str) -> nn.Module:
             block = replace_in_block_in_place(name, self.loaded.load_block(name), make)
-            sizes.append(linear_weight_bytes(block))
-            return self._as_served(block, method)
+            block = self._fuse_as_served_(block, method)
+            sizes.append(linear_weight_bytes(block))  # as they are kept: a kernel's order pads outputs
+            return block
 
         start = time.perf_counter()
         batches = self.rows.split(self.batch_size)

@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from flexq_core.runtime import cuda
 from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.workbook.records import Measurement
 
@@ -22,14 +21,10 @@ LAYERS_METRIC = "layers_on/"
 
 
 def kernels(model: nn.Module, tokens: int) -> dict[str, list[str]]:
-    """Backend → names of the layers that run on it when given so many tokens; what `auto` means for each on a GPU, too."""
+    """Backend → names of the layers that run on it when given so many tokens."""
     found = defaultdict(list)
     for name, layer in _layers(model).items():
-        backend, _ = layer.prepare()
-        if backend == "auto":
-            device = layer.weight_exponent.device
-            backend = cuda.backend_for(tokens, layer.in_features, layer.out_features, device)
-        found[backend].append(name)
+        found[layer.backend_for(tokens)].append(name)
     return dict(found)
 
 

@@ -6,6 +6,7 @@ Both quantise weights per output channel and activations per token: one scale fo
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from flexq_core.sources.structure import norm_pairs, require_same_function, resc
 
 SMOOTHING = 0.5
 """SmoothQuant's migration strength α: how much of an outlier moves from activations to weights (SmoothQuant §4.2)."""
+_LEAST = 1e-5
+"""That a channel's magnitudes, and its factor, count as."""
 
 
 class RowwiseLinear(nn.Module):
@@ -52,19 +55,24 @@ def smooth_quant(
     """SmoothQuant (arXiv 2211.10438): move outliers from norm outputs into the weights that read them, then round.
 
     model: a decoder-only transformers model, left alone.  calibration: [W, T] int64 token ids.
-    The factor of channel j is s_j = max|x_j|^α / max|w_j|^(1-α) over the calibration text (its equation 4).
     """
     smoothed = copy.deepcopy(model)
     pairs = norm_pairs(model)
     absmax = _input_absmax(model, [pair.consumers[0] for pair in pairs], calibration)
     for pair in pairs:
-        activations = absmax[pair.consumers[0]].clamp(min=1e-5)
-        weights = torch.stack([model.get_submodule(name).weight.abs().amax(0).float() for name in pair.consumers])
-        weights = weights.amax(0).clamp(min=1e-5)
-        factors = (activations**smoothing / weights ** (1 - smoothing)).clamp(min=1e-5)
-        rescale_in_place(smoothed, pair, 1 / factors)
+        weights = [model.get_submodule(name).weight for name in pair.consumers]
+        rescale_in_place(smoothed, pair, 1 / smoothing_factors(absmax[pair.consumers[0]], weights, smoothing))
     require_same_function(model, smoothed)
     return round_to_nearest(smoothed, weight_bits=weight_bits, activation_bits=activation_bits)
+
+
+def smoothing_factors(absmax: Tensor, weights: Sequence[Tensor], smoothing: float = SMOOTHING) -> Tensor:
+    """SmoothQuant's factors s_j = max|x_j|^α / max|w_j|^(1-α) between a norm and its readers (its equation 4): [K] float32.
+
+    absmax: [K] float32, the largest magnitude of every channel of the norm's output.  weights: the readers', [N, K] each.
+    """
+    largest = torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0).clamp(min=_LEAST)
+    return (absmax.clamp(min=_LEAST) ** smoothing / largest ** (1 - smoothing)).clamp(min=_LEAST)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from flexq_core.studies.report.own_numbers import shared_memory_bars
+from flexq_core.sources import paper
 from flexq_core.workbook import figures
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def published_note(published: pd.DataFrame) -> str:
 def _copied_bars(published: pd.DataFrame) -> dict[str, dict[int, list[str]]]:
     """Memory bars of this model in the paper that are another's: other model → output tokens → methods."""
     found: dict[str, dict[int, list[str]]] = {}
-    for one, another, tokens, method, _ in shared_memory_bars():
+    for one, another, tokens, method, _ in paper.shared_memory_bars():
         for mine, other in ((one, another), (another, one)):
             if (published["model"] == mine).any():
                 found.setdefault(other, {}).setdefault(tokens, []).append(method)

@@ -578,7 +578,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--outputs",
         metavar="FOLDER",
-        help="keep records in FOLDER/records and measure none of them again; {card} is the GPU's short name (default: none)",
+        help="keep records in FOLDER/records, measure none of them again, and drop those of older source; {card} is the GPU's "
+        "short name (default: none)",
     )
     parser.add_argument(
         "--write-auto-table",

@@ -254,7 +254,8 @@ def write_atomically(path: Path, text: str) -> None:
 def source_digest(study: str) -> str:
     """Digest of the code that decides a study's numbers: the arithmetic, the sources and the study itself.
 
-    The demo models' weights are left out: a model's fingerprint is among a study's parameters.
+    The demo models' weights are left out: a model's fingerprint is among a study's parameters. What `auto` takes on a GPU
+    (runtime/auto.json) decides the numbers of every study that runs models; 03_kernels names each backend, and writes it.
     """
     core = paths.ROOT / "flexq_core"
     stem = study.split("_", 1)[-1]
@@ -262,6 +263,7 @@ def source_digest(study: str) -> str:
         *(core / "quant").glob("*.py"),
         *(core / "files").glob("*.py"),
         *(core / "runtime").glob("*.py"),
+        *((core / "runtime").glob("auto.json") if stem != "kernels" else ()),
         *(core / "sources").rglob("*.py"),
         *(path for path in (paths.KERNELS).rglob("*") if path.is_file()),
         *(

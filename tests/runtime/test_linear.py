@@ -88,6 +88,18 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(cuda, "repack", lambda *_: torch.zeros(2, 2, 3136, dtype=torch.uint8))
 
 
+def test_auto_means_the_kernel_for_so_many_tokens_of_what_this_process_holds(on_a_gpu, monkeypatch):
+    layer = FlexQLinear.from_linear(nn.Linear(500, 64))
+    asked = []
+    monkeypatch.setattr(cuda, "backend_for", lambda *layer: asked.append(layer) or "wgmma")
+    assert layer.backend_for(7) == "imma" and not asked  # a kernel is what it is
+    layer = FlexQLinear.from_linear(nn.Linear(500, 64))
+    layer.weight_exponent = nn.Parameter(layer.weight_exponent[:32], requires_grad=False)
+    monkeypatch.setattr(ops, "resolve_backend", lambda *_: "auto")
+    assert layer.backend_for(7) == "wgmma"
+    assert asked == [(7, 2 * 128, 32, torch.device("cpu"))]  # two groups of chunks, however many features there were
+
+
 def test_parts_of_parameters_that_processes_share_are_not_emptied(on_a_gpu):
     layer = FlexQLinear.from_linear(nn.Linear(256, 64))
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}

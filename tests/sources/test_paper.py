@@ -49,3 +49,14 @@ def test_the_end_to_end_figure_is_whole():
 def test_models_are_named_as_the_workbook_names_them(table):
     assert set(table()["model"]) <= set(ARCHITECTURES)
     assert table.__name__ in paper.ORIGIN
+
+
+def test_opt_30b_has_llama_30bs_memory_bars():
+    shared = {(tokens, method): value for *models, tokens, method, value in paper.shared_memory_bars()}
+    assert shared == {
+        (512, "w8a16"): 33.92,
+        (512, "w8a8"): 33.92,
+        (512, "w6ax"): 27.35,
+        (1024, "fp16"): 64.38,
+    }
+    assert {row[:2] for row in paper.shared_memory_bars()} == {("llama-30b", "opt-30b")}

@@ -11,6 +11,7 @@ import torch
 
 from flexq_core.quant import PlanError, PrecisionPlan
 from flexq_core.quant.layers import linear_layers
+from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.sources import data
 from flexq_core.sources.models import ModelError, load_model
 from flexq_core.sources.text import Text
@@ -148,6 +149,22 @@ def test_layer_by_layer_the_numbers_are_the_whole_models_bit_for_bit(tmp_path, m
         study.table().drop(columns="seconds"), whole.drop(columns="seconds"), check_exact=True
     )
     assert all(layer.weight.is_meta for layer in linear_layers(study.loaded.model).values())
+
+
+def test_layer_by_layer_weights_take_the_bytes_that_they_take_as_they_are_served(tmp_path, monkeypatch):
+    def fuse(_study, model, _method):
+        for layer in model.modules():
+            if isinstance(layer, FlexQLinear):
+                layer.chunks = torch.empty(10**5, dtype=torch.uint8)  # as a kernel's, which a processor does not read
+        return model
+
+    monkeypatch.setattr(AccuracyStudy, "_fuse_as_served_", fuse)
+    found = {}
+    for layer_by_layer in (False, True):
+        study = a_study(tmp_path / str(layer_by_layer), methods="flexq", layer_by_layer=layer_by_layer)
+        (found[layer_by_layer],) = study.table()["linear_weight_mib"]
+    layers = linear_layers(study.loaded.model).values()
+    assert found[True] == found[False] == sum(10**5 + layer.out_features for layer in layers) / 2**20
 
 
 def test_layer_by_layer_what_wants_the_whole_model_is_skipped_and_the_rest_is_resumed(tmp_path, monkeypatch):

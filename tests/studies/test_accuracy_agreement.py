@@ -49,7 +49,8 @@ def test_what_auto_means_is_told_for_each_layer(monkeypatch):
     model = quantize_model(plain, PrecisionPlan("mixed", precision), backend="reference")
 
     def prepare(layer):  # as on a GPU
-        return "auto" if layer.precision.weight_bits == 6 else "bmma", None
+        chunks = torch.empty(0, layer.weight_scale.shape[1], 0)
+        return "auto" if layer.precision.weight_bits == 6 else "bmma", chunks
 
     monkeypatch.setattr(FlexQLinear, "prepare", prepare)
     monkeypatch.setattr(cuda, "backend_for", lambda m, k, n, _: "wgmma" if m >= 48 and n > k else "imma")
@@ -84,4 +85,5 @@ def test_on_a_gpu_what_is_scored_is_the_fused_model_whole_or_block_by_block(tmp_
     whole, apart = table("whole", False), table("apart", True)
     assert whole.filter(like="layers_on/").loc["w6a8"].sum() == 4 * 6  # qkv, o, gate and up, down of each block
     assert whole["perplexity"].equals(apart["perplexity"])
+    assert whole["bits_per_weight"].equals(apart["bits_per_weight"])
     assert 0 < abs(whole["change_percent"]["w6a8"]) < 2

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from flexq_core.quant.layers import linear_layers
 from flexq_core.quant.plan import LayerPrecision, PlanError, PrecisionPlan
@@ -293,6 +294,38 @@ def test_smoothing_moves_outliers_into_weights_and_leaves_the_model_alone(archit
     assert 2 * error < plain, (error, plain)
 
 
+def test_smoothing_refuses_a_norm_that_adds_one_to_its_gain():
+    model, ranges = tiny_model("llama").requires_grad_(False), smoothing.Ranges()
+    model.model.layers[1].input_layernorm = GemmaRMSNorm(64).requires_grad_(False)
+    watched = copy.deepcopy(model)
+    ranges.watch_(watched)
+    watched(input_ids=prompt())
+    with pytest.raises(ValueError, match="GemmaRMSNorm computes something else after its channels were rescaled"):
+        smoothing.smoothed(model, ranges)
+
+
+def test_ranges_hold_no_activations_once_what_was_watched_is_gone():
+    model, ranges = tiny_model("llama").requires_grad_(False), smoothing.Ranges()
+    ranges.watch_(model)
+    outputs = []
+    model.model.norm.register_forward_hook(lambda _module, _inputs, output: outputs.append(weakref.ref(output)))
+    model(input_ids=prompt())
+    del model
+    gc.collect()
+    assert outputs[0]() is None and len(ranges.norm_of) > 2
+
+
+def test_ranges_come_from_other_tokens_than_those_that_are_timed(as_on_gpu):
+    study = as_on_gpu("demo-llama")
+    text = study.calibration
+    assert text.shape == (1, min(e2e.CALIBRATION_TOKENS, study.loaded.context_length))
+    assert not any(torch.equal(window, study.prompt[0]) for window in text[0].unfold(0, study.prompt_tokens, 1))
+    assert torch.equal(text, study.resized(2, 5).calibration)
+    ranges = study._ranges
+    assert study.resized(2, 5)._ranges is ranges and ranges.largest
+    assert "prompt" not in vars(study.resized(2, 5))
+
+
 @pytest.fixture
 def as_on_gpu(run):
     """A study of random weights that builds its models as it does on a GPU, on this processor."""
@@ -402,10 +435,19 @@ def test_a_record_says_on_what_its_method_ran(run, as_on_gpu):
     dtypes = {record.method: record.parameters["dtype"] for record in read_jsonl(run.records.path)}
     assert dtypes == {"fp32": "float32", "bf16": "bfloat16", "w6a6": "float32"}
     on_gpu = as_on_gpu("demo-llama")
-    told = {m: linears.kernels_of(on_gpu.build(m, "reference")) for m in ("w8a8", "smoothquant-w8a8")}
+    told = {m: linears.kernels_of(on_gpu.build(m, "reference"), 1) for m in ("w8a8", "smoothquant-w8a8")}
     assert told["w8a8"] == (8, "8 × torch._int_mm, a scale a token")
     assert told["smoothquant-w8a8"] == (8, "8 × torch._int_mm, a scale a layer")
     assert on_gpu._inputs("fp8", "torch")["dtype"] == "bfloat16"
+
+
+def test_a_record_tells_the_kernels_of_a_step_and_of_the_prompt_where_they_differ(run, monkeypatch):
+    monkeypatch.setattr(FlexQLinear, "backend_for", lambda _, tokens: {1: "imma"}.get(tokens, f"for {tokens}"))
+    study = EndToEndStudy(run, **SMALL | {"methods": "w6a6", "prompt_tokens": 5})
+    study.table()
+    (note,) = [record.reason for record in read_jsonl(run.records.path) if record.metric == "linear_layers"]
+    layers = len(linear_layers(study.loaded.model))
+    assert note == f"{layers} × flexq imma; for the prompt {layers} × flexq for 5"
 
 
 def test_fp8_is_skipped_where_it_does_not_run(run):
@@ -443,9 +485,55 @@ def test_kernels_that_overlap_count_once():
 
 
 def test_the_kernels_of_products_are_named_with_their_shares():
-    kernels = [(0, 6, "void flexq::w6ax_wgmma_kernel<8>(int)"), (6, 8, "nvjet_hsh_64x8"), (8, 40, "fmha_cutlassF")]
-    assert steps.products(kernels) == "flexq::w6ax_wgmma_kernel 75%, nvjet_hsh_64x8 25%"
-    assert steps.products(kernels[2:]) == ""
+    ours = "void flexq::(anonymous namespace)::w6ax_wgmma_kernel<{}>(flexq::Linear, int)"
+    kernels = [(0, 4, ours.format(64)), (4, 6, ours.format(128)), (6, 8, "nvjet_hsh_64x8"), (8, 40, "fmha_cutlassF")]
+    assert steps.products(kernels) == "w6ax_wgmma_kernel 75%, nvjet_hsh_64x8 25%"
+    assert steps.products(kernels[3:]) == ""
+
+
+_GEMM_UNIVERSAL = "cutlass::gemm::kernel::GemmUniversal"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        ("void flexq::(anonymous namespace)::w6ax_imma_kernel<2, 4, 4, 1>(flexq::Linear)", "w6ax_imma_kernel"),
+        ("void flexq::(anonymous namespace)::w6ax_bmma_kernel<6, 1, 8, 4, false>(flexq::Linear)", "w6ax_bmma_kernel"),
+        ("void flexq::<unnamed>::w6ax_wgmma_kernel<256, 64, 1, 4>(flexq::Linear, int, int, int)", "w6ax_wgmma_kernel"),
+        ("nvjet_sm90_hsh_128x8_64x12_4x1_v_bz_splitK_TNT", "nvjet_sm90_hsh_128x8_64x12_4x1_v_bz_splitK_TNT"),
+        (
+            "sm90_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize64x64x64_execute_segment_k_off_kernel__5x_cublas",
+            "sm90_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize64x64x64_execute_segment_k_off_kernel__5x_cublas",
+        ),
+        (
+            "void cublasLt::splitKreduce_kernel<32, 16, int, float, __half, float>(cublasLt::cublasSplitKParams<float>)",
+            "cublasLt::splitKreduce_kernel",
+        ),
+        (
+            "void gemv2T_kernel_val<int, int, __half, __half, __half, float, 128, 16, 4, 4, false>(int)",
+            "gemv2T_kernel_val",
+        ),
+        (
+            "std::enable_if<!(false), void>::type internal::gemvx::kernel<int, int, __half>(cublasGemvParamsEx<int>)",
+            "internal::gemvx::kernel",
+        ),
+        (
+            "void cutlass::Kernel2<cutlass_80_tensorop_s16816gemm_f16_64x64_32x6_tn_align8>(Params)",
+            "cutlass_80_tensorop_s16816gemm_f16_64x64_32x6_tn_align8",
+        ),
+        (f"void cutlass::device_kernel<{_GEMM_UNIVERSAL}<cute::tuple<int, int> > >(Params)", _GEMM_UNIVERSAL),
+        (
+            f"void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<{_GEMM_UNIVERSAL}<int> > >(Params)",
+            _GEMM_UNIVERSAL,
+        ),
+        ("void cutlass::device_kernel<Custom>(Params)", "cutlass::device_kernel"),
+        ("triton_tem_fused_mm_3", "triton_tem_fused_mm_3"),
+        ("triton_red_fused__to_copy_mm_mul_0", "triton_red_fused__to_copy_mm_mul_0"),
+    ],
+)
+def test_a_product_has_a_name_that_a_reader_knows(kernel, name):
+    assert steps.part_of(kernel) == "gemm"
+    assert steps.product_name(kernel) == name
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flexq_core
+from flexq_core.runtime import auto
 from flexq_core.workbook import Measurement, Skipped, load_records, paths
 from flexq_core.workbook import records as records_module
 from flexq_core.workbook.records import RecordError, Records, read_jsonl, source_digest, write_atomically
@@ -72,6 +73,7 @@ def test_the_order_of_parameters_does_not_matter(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "anew"),
     [
+        ("flexq_core/runtime/auto.json", True),
         ("flexq_core/quant/spec.py", True),
         ("flexq_core/runtime/ops.py", True),
         ("flexq_core/files/tensors.py", True),
@@ -95,6 +97,18 @@ def test_a_change_of_what_computes_computes_anew(tmp_path, monkeypatch, changed,
     before = source_digest("02_accuracy")
     files[-1].write_text("2")
     assert (source_digest("02_accuracy") != before) == anew
+
+
+@pytest.mark.parametrize("study", ["01_sensitivity", "02_accuracy", "03_kernels", "04_e2e"])
+def test_what_auto_takes_decides_every_study_but_the_one_that_finds_it_out(tmp_path, monkeypatch, study):
+    table = tmp_path / "flexq_core" / "runtime" / auto.PATH.name
+    table.parent.mkdir(parents=True)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "KERNELS", tmp_path / "kernels")
+    table.write_text("[]")
+    before = source_digest(study)
+    table.write_text('[{"card": "NVIDIA H100"}]')
+    assert (source_digest(study) == before) == (study == "03_kernels")
 
 
 @settings(max_examples=50, deadline=None)

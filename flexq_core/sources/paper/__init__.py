@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pandas as pd
@@ -76,3 +77,15 @@ def end_to_end() -> pd.DataFrame:
         for method in ("fp16", "w8a16", "w8a8", "w6ax")
     ]
     return pd.DataFrame(rows, columns=["model", "output_tokens", "method", "seconds", "memory_gb"])
+
+
+def shared_memory_bars() -> list[tuple[str, str, int, str, float]]:
+    """Memory bars that two models have in common to the last digit: (model, other model, output tokens, method, GB)."""
+    bars = end_to_end().set_index(["model", "output_tokens", "method"])["memory_gb"]
+    models = bars.index.get_level_values("model").unique()
+    return [
+        (a, b, tokens, method, value)
+        for a, b in itertools.combinations(models, 2)
+        for (tokens, method), value in bars[a].items()
+        if bars[b].get((tokens, method)) == value
+    ]

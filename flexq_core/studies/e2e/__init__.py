@@ -81,6 +81,9 @@ CHECKED_BLOCKS = 2
 """Of a model with random weights, whose logits are compared: after many blocks of them rounding alone leaves logits unrelated (of
 LLaMA-13B's 40 they differ by 0.77), and every block has the same shapes."""
 
+CALIBRATION_TOKENS = 512
+"""On which SmoothQuant sees what activations reach."""
+
 ATTENTIONS = ("sdpa", "eager")
 """Of transformers' implementations those that can be captured: torch's fused attention, and products that torch may compile."""
 
@@ -161,7 +164,7 @@ class EndToEndStudy:
     def resized(self, batch_size: int, prompt_tokens: int) -> EndToEndStudy:
         """The same study, of the same loaded model, with another batch size and prompt. Raises ValueError as it is made."""
         made = copy.copy(self)
-        for name in ("prompt", "_logits", "_checked", "_ranges"):
+        for name in ("prompt", "_logits", "_checked"):
             vars(made).pop(name, None)
         require_at_least(1, prompt_tokens=prompt_tokens, batch_size=batch_size)
         made.batch_size, made.prompt_tokens = batch_size, prompt_tokens
@@ -171,10 +174,16 @@ class EndToEndStudy:
     @cached_property
     def prompt(self) -> Tensor:
         """[batch_size, prompt_tokens] int64, random ids, the same for every method."""
-        generator = torch.Generator().manual_seed(self.seed)
-        shape = (self.batch_size, self.prompt_tokens)
-        ids = torch.randint(self.loaded.model.config.vocab_size, shape, generator=generator)
-        return ids.to(self.run.device)
+        return self._random_tokens(self.batch_size, self.prompt_tokens, seed=self.seed)
+
+    @property
+    def calibration(self) -> Tensor:
+        """[1, up to CALIBRATION_TOKENS] int64, random ids other than the prompt's, the same for every size."""
+        return self._random_tokens(1, min(CALIBRATION_TOKENS, self.loaded.context_length), seed=self.seed + 1)
+
+    def _random_tokens(self, *shape: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(self.loaded.model.config.vocab_size, shape, generator=generator).to(self.run.device)
 
     def cases(self) -> Iterator[tuple[str, str]]:
         """(method, backend) in the order they are measured; the backend is `torch` for all but FlexQ's own methods."""
@@ -285,7 +294,7 @@ class EndToEndStudy:
 
     @cached_property
     def _ranges(self) -> smoothing.Ranges:
-        """What the prompt's activations reach in the merged blocks of the unquantised model."""
+        """What the calibration's activations reach in the merged blocks of the unquantised model."""
         found = smoothing.Ranges()
         if self.weights == "random":
 
@@ -298,7 +307,7 @@ class EndToEndStudy:
         else:
             model = self._converted(UNQUANTISED, "torch", self.loaded.model)
             found.watch_(model)
-        _prompt_logits(model, self.prompt)
+        _prompt_logits(model, self.calibration)
         return found
 
     def table(self) -> pd.DataFrame:
@@ -387,7 +396,10 @@ class EndToEndStudy:
 
     def _timed(self, model: nn.Module, method: str, backend: str) -> dict[str, Measurement]:
         checked = self._checked
-        layers, kernels = kernels_of(model)
+        layers, kernels = kernels_of(model, self.batch_size)
+        _, kernels_of_prompt = kernels_of(model, self.batch_size * self.prompt_tokens)
+        if kernels_of_prompt != kernels:
+            kernels = f"{kernels}; for the prompt {kernels_of_prompt}"
         difference = checked._checked_difference(model if checked is self else checked.build(method, backend), method)
         size = model_bytes(model)
         engine = Engine(model, self.batch_size, self.prompt_tokens, self.output_tokens[-1], self.compile_mode)

@@ -50,8 +50,8 @@ def _measure(arguments: list[str] | None, device: str) -> int:
     parser.add_argument(
         "--outputs",
         metavar="FOLDER",
-        help="keep records in FOLDER/records and figures in FOLDER/figures, and measure none again; {card} is the GPU's short "
-        "name (default: none)",
+        help="keep records in FOLDER/records and figures in FOLDER/figures, measure none again, and drop records of older "
+        "source; {card} is the GPU's short name (default: none)",
     )
     options = vars(parser.parse_args(arguments))
     folder = options.pop("outputs")
@@ -71,12 +71,11 @@ def _measure(arguments: list[str] | None, device: str) -> int:
             first = (EndToEndStudy if alone else ParallelStudy)(
                 run, **options, **dict(zip(_SIZES, sizes[0], strict=True))
             )
-            for size in sizes:
-                first.resized(*size)  # what is wrong with one is said before any is measured
+            studies = [first.resized(*size) for size in sizes]  # what is wrong with one is said before any is measured
         except ValueError as error:
             parser.error(str(error))
-        for size in sizes:
-            study = first.resized(*size)
+        while studies:
+            study = studies.pop(0)  # so that what it computes goes with it
             table = study.table()
             if folder and processes.is_first():
                 path = run.records.path
@@ -95,14 +94,14 @@ def _draw(run: Run, study: EndToEndStudy, table: pd.DataFrame) -> None:
     """Latency, memory and step of one batch size and prompt, beside the paper's where it shows this model."""
     if table.get("total_s", pd.Series(dtype=float)).isna().all():
         return
-    published, name = study.published(), study.loaded.name
+    published, model = study.published(), study.loaded.name
     size = f"batch {study.batch_size}, {study.prompt_tokens} prompt tokens, {study.weights} weights"
     with plt.rc_context({"figure.constrained_layout.use": True}):
         drawn = {
-            "latency": (plot_latency(table, name, published), f"Time by method and output length, {size}"),
-            "step": (plot_step(table, name), f"A decode step by method, {size}"),
+            "latency": (plot_latency(table, model, published), f"Time by method and output length, {size}"),
+            "step": (plot_step(table, model), f"A decode step by method, {size}"),
             "memory": (
-                plot_memory(table, name, published),
+                plot_memory(table, model, published),
                 f"Weights and KV cache by method, {study.output_tokens[-1]} output tokens, {size}. {published_note(published)}",
             ),
         }

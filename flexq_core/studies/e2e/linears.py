@@ -206,12 +206,12 @@ def model_bytes(model: nn.Module) -> int:
     return sum(held.values()) + hidden - scratch_bytes(model)
 
 
-def kernels_of(model: nn.Module) -> tuple[int, str]:
-    """How many linear layers the blocks have, and on what they run, in writing: FlexQ's by the backend that `auto` means."""
+def kernels_of(model: nn.Module, tokens: int) -> tuple[int, str]:
+    """How many linear layers the blocks have, and on what they run when given so many tokens, in writing."""
     found: Counter[str] = Counter()
     for layer in model.modules():
         if isinstance(layer, FlexQLinear):
-            found[f"flexq {layer.prepare()[0]}"] += 1
+            found[f"flexq {layer.backend_for(tokens)}"] += 1
         elif isinstance(layer, _EIGHT_BIT_LAYERS):
             found[layer.kernel] += 1
     if plain := [layer for layer in linear_layers(model).values() if type(layer) is nn.Linear]:

@@ -12,12 +12,9 @@ from torch import Tensor, nn
 
 from flexq_core.quant.layers import linear_layers
 from flexq_core.runtime.convert import replace_linear_layers
-from flexq_core.sources.structure import is_norm
-from flexq_core.studies.baselines import SMOOTHING
+from flexq_core.sources.structure import is_norm, require_same_norm
+from flexq_core.studies.baselines import smoothing_factors
 from flexq_core.studies.e2e.linears import StaticInt8Linear
-
-_LEAST = 1e-5
-"""That a channel's magnitudes count as."""
 
 
 class Ranges:
@@ -29,34 +26,36 @@ class Ranges:
     def __init__(self) -> None:
         self.largest: dict[str, Tensor] = {}
         self.norm_of: dict[str, str] = {}
-        self._normed: tuple[str, Tensor] | None = None
-        """The norm that ran last, and its output, which is kept so that its address is its own."""
 
     def watch_(self, module: nn.Module, prefix: str = "") -> None:
         """Note, from now on, what passes through a model, or a block whose name in its model is the prefix."""
+        normed: list[
+            tuple[str, Tensor]
+        ] = []  # the norm that ran last; its output is kept, so that its address is its own
+
+        def after_norm(name: str, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+            normed[:] = [(name, output)]
+
+        def before_linear(name: str, _module: nn.Module, inputs: tuple[Tensor]) -> None:
+            (x,) = inputs
+            largest = x.abs().flatten(0, -2).amax(0).float()
+            self.largest[name] = torch.maximum(self.largest.get(name, largest), largest)
+            for norm, output in normed:
+                if output.data_ptr() == x.data_ptr():
+                    self.norm_of[name] = norm
+
         for name, part in module.named_modules():
             if is_norm(part):
-                part.register_forward_hook(functools.partial(self._after_norm, prefix + name))
+                part.register_forward_hook(functools.partial(after_norm, prefix + name))
             elif isinstance(part, nn.Linear):
-                part.register_forward_pre_hook(functools.partial(self._before_linear, prefix + name))
-
-    def _after_norm(self, name: str, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-        self._normed = name, output
-
-    def _before_linear(self, name: str, _module: nn.Module, inputs: tuple[Tensor]) -> None:
-        (x,) = inputs
-        largest = x.abs().flatten(0, -2).amax(0).float()
-        self.largest[name] = torch.maximum(self.largest.get(name, largest), largest)
-        if self._normed and self._normed[1].data_ptr() == x.data_ptr():
-            self.norm_of[name] = self._normed[0]
+                part.register_forward_pre_hook(functools.partial(before_linear, prefix + name))
 
 
 def smoothed(model: nn.Module, ranges: Ranges, prefix: str = "") -> nn.Module:
     """A new model, or a new list of one block, with every linear layer of its blocks in INT8; what was given is left alone.
 
     ranges: of the model.  prefix: of a block's name in its model, which is called `block.0.` here.
-    The factor of channel j between a norm and its readers is s_j = max|x_j|^α / max|w_j|^(1-α) (SmoothQuant's equation 4); what
-    reads no norm is quantised as it is.
+    What reads no norm is quantised as it is. Raises ValueError for a norm whose channels its parameters do not scale.
     """
     here = "block.0." if prefix else ""
     layers = {prefix + name.removeprefix(here): name for name in linear_layers(model)}
@@ -66,9 +65,8 @@ def smoothed(model: nn.Module, ranges: Ranges, prefix: str = "") -> nn.Module:
             readers.setdefault(ranges.norm_of[full], []).append(full)
     factors: dict[str, Tensor] = {}
     for norm, mine in readers.items():
-        weights = torch.stack([model.get_submodule(layers[full]).weight.abs().amax(0).float() for full in mine]).amax(0)
-        activations = ranges.largest[mine[0]].clamp(min=_LEAST)
-        factors[norm] = (activations**SMOOTHING / weights.clamp(min=_LEAST) ** (1 - SMOOTHING)).clamp(min=_LEAST)
+        weights = [model.get_submodule(layers[full]).weight for full in mine]
+        factors[norm] = smoothing_factors(ranges.largest[mine[0]], weights)
 
     def make(name: str, linear: nn.Linear) -> nn.Module:
         full = prefix + name.removeprefix(here)
@@ -82,7 +80,9 @@ def smoothed(model: nn.Module, ranges: Ranges, prefix: str = "") -> nn.Module:
 
     made = replace_linear_layers(model, make)
     for norm, factor in factors.items():
-        layer = made.get_submodule(here + norm.removeprefix(prefix))
-        for name, parameter in list(layer.named_parameters()):  # others of its own: the given model's stay
-            setattr(layer, name, nn.Parameter((parameter.float() / factor).to(parameter.dtype), requires_grad=False))
+        name = here + norm.removeprefix(prefix)
+        layer = made.get_submodule(name)
+        for kind, parameter in list(layer.named_parameters()):  # others of its own: the given model's stay
+            setattr(layer, kind, nn.Parameter((parameter.float() / factor).to(parameter.dtype), requires_grad=False))
+        require_same_norm(model.get_submodule(name), layer, 1 / factor)
     return made

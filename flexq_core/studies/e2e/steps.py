@@ -21,6 +21,7 @@ _NAMES = {
     "attention": ("fmha", "flash", "attention", "softmax"),
     "gemm": ("w6ax", "gemm", "gemv", "nvjet", "cutlass", "xmma", "_mm", "splitk", "split_k", "cublas"),
 }
+_LAUNCHERS = ("cutlass::Kernel", "cutlass::Kernel2", "cutlass::device_kernel")
 _REPLAYS = 8
 STEPS = 1 + _REPLAYS
 """That `parts_ms` runs."""
@@ -69,8 +70,18 @@ def products(kernels: list[tuple[float, float, str]]) -> str:
     times: Counter[str] = Counter()
     for start, end, name in kernels:
         if part_of(name) == "gemm":
-            times[re.split(r"[<(]", name.removeprefix("void "), maxsplit=1)[0]] += end - start
+            times[product_name(name)] += end - start
     return ", ".join(f"{name} {time / times.total():.0%}" for name, time in times.most_common(3))
+
+
+def product_name(kernel: str) -> str:
+    """A matrix product's kernel by the part of its C++ name that says so, without its type and arguments.
+
+    `void flexq::(anonymous namespace)::w6ax_wgmma_kernel<128>(Linear)` is `w6ax_wgmma_kernel`. CUTLASS launches all through
+    kernels of one name: of those it is what they launch.
+    """
+    names = [name for name in re.findall(r"\w+(?:::\w+)*", kernel) if part_of(name) == "gemm"]
+    return next((name for name in names if name not in _LAUNCHERS), names[0])
 
 
 def part_of(kernel: str) -> str:

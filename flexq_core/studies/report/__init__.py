@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from flexq_core.sources import paper
 from flexq_core.studies.report.claims import (
     NOT_MEASURED,
     NOT_REPRODUCED,
@@ -30,7 +31,6 @@ from flexq_core.studies.report.own_numbers import (
     listed,
     memory_over_smoothquant,
     readings_table,
-    shared_memory_bars,
 )
 from flexq_core.studies.report.plots import (
     end_to_end_note,
@@ -96,7 +96,7 @@ class ReportStudy:
         reproduced = self.verdicts[self.verdicts["verdict"] == REPRODUCED]
         unexplained = self.verdicts[self.verdicts["detail"].str.strip() == ""]
         abq, latency, memory = average_over_abq(), latency_over_smoothquant(), memory_over_smoothquant()
-        bars = {(model, other) for model, other, *_ in shared_memory_bars()}
+        bars = {(model, other) for model, other, *_ in paper.shared_memory_bars()}
         return [
             (
                 "every claim of the paper has a verdict and its reason",
@@ -126,6 +126,6 @@ class ReportStudy:
             (
                 "OPT-30B and LLaMA-30B share memory bars, and no other two models do",
                 bars == {("llama-30b", "opt-30b")},
-                f"{len(shared_memory_bars())} bars",
+                f"{len(paper.shared_memory_bars())} bars",
             ),
         ]

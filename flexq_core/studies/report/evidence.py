@@ -11,6 +11,7 @@ import pandas as pd
 
 from flexq_core.runtime.ops import BACKENDS
 from flexq_core.sources import paper
+from flexq_core.studies.e2e_claims import RATIOS_PROMPT
 from flexq_core.workbook import load_records, paths
 from flexq_core.workbook.report import accuracy_table
 
@@ -201,21 +202,20 @@ def paper_kernel_ratios() -> pd.DataFrame:
 
 QUANTITIES = {"latency": ("total_s/", "as fast as"), "memory": ("memory_mib/", "smaller in memory than")}
 """What is compared end to end → the beginning of its metric's name, and how a claim says it."""
-PROMPT = 128
-"""Tokens of the prompt with which it is compared: of longer ones latency is partly another quantity."""
 
 
 def end_to_end_ratios(records: pd.DataFrame, quantity: str, rival: str) -> Ratios:
     """The rival's latency or memory over FlexQ's on one GPU, one sequence at a time: (model, output tokens) → ratio.
 
-    Latency is the time of the whole output. Memory is the weights and the KV cache after it, which is what the paper's bars
-    grow by; both are counted from tensors.
+    Latency is the time of the whole output, after a prompt of RATIOS_PROMPT tokens: of longer ones it is partly another
+    quantity. Memory is the weights and the KV cache after it, which is what the paper's bars grow by; both are counted from
+    tensors.
     """
     if quantity == "memory":
         records = _memory(records)
     table = ratios(records, "04_e2e", QUANTITIES[quantity][0], rival)
     alike = table["parameters"].map(
-        lambda p: p.get("batch_size", p.get("batch", 1)) == 1 and p.get("prompt_tokens", PROMPT) == PROMPT
+        lambda p: p.get("batch_size", p.get("batch", 1)) == 1 and p.get("prompt_tokens", RATIOS_PROMPT) == RATIOS_PROMPT
     )
     card, table = _of_one_card(table[alike.astype(bool) & table["metric"].astype(str).str.fullmatch(r".*/\d+")])
     return Ratios(card, {(row.model, int(row.metric.split("/")[-1])): row.ratio for row in table.itertuples()})

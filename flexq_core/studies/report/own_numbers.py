@@ -133,21 +133,9 @@ def listed(means: Mapping[str, float]) -> str:
     return ", ".join(f"{model} {mean:.2f}×" for model, mean in means.items())
 
 
-def shared_memory_bars() -> list[tuple[str, str, int, str, float]]:
-    """Memory bars that two models have in common to the last digit: (model, other model, output tokens, method, GB)."""
-    bars = paper.end_to_end().set_index(["model", "output_tokens", "method"])["memory_gb"]
-    models = bars.index.get_level_values("model").unique()
-    return [
-        (a, b, tokens, method, value)
-        for a, b in itertools.combinations(models, 2)
-        for (tokens, method), value in bars[a].items()
-        if bars[b].get((tokens, method)) == value
-    ]
-
-
 def copied_memory_bars() -> Finding:
     """Memory bars of one model that are another's."""
-    shared = shared_memory_bars()
+    shared = paper.shared_memory_bars()
     names = " and ".join(dict.fromkeys(name for a, b, *_ in shared for name in (a, b)))
     told = ", ".join(f"{method} {value:.2f} at {tokens}" for _, _, tokens, method, value in shared)
     lengths = " and ".join(str(tokens) for tokens in sorted({tokens for _, _, tokens, _, _ in shared}))

@@ -8,7 +8,6 @@ from flexq_core.studies.report.own_numbers import (
     largest_increase,
     latency_over_smoothquant,
     memory_over_smoothquant,
-    shared_memory_bars,
     shrinking_memory,
     slower_than_abq,
 )
@@ -32,17 +31,6 @@ def test_the_memory_saving_is_the_mean_of_all():
     assert round(found.numbers["all"], 2) == 1.21 and found.agrees
 
 
-def test_opt_30b_has_llama_30bs_memory_bars():
-    shared = {(tokens, method): value for *models, tokens, method, value in shared_memory_bars()}
-    assert shared == {
-        (512, "w8a16"): 33.92,
-        (512, "w8a8"): 33.92,
-        (512, "w6ax"): 27.35,
-        (1024, "fp16"): 64.38,
-    }
-    assert {row[:2] for row in shared_memory_bars()} == {("llama-30b", "opt-30b")}
-
-
 def test_memory_falls_as_the_output_grows():
     found = shrinking_memory()
     assert not found.agrees and "opt-30b w8a8 33.92 at 512 but 32.31 at 1024" in found.finding
@@ -60,4 +48,4 @@ def test_findings_follow_the_numbers(monkeypatch):
     bars = paper.end_to_end()
     bars["memory_gb"] += range(len(bars))  # so that no two are the same, and all grow
     monkeypatch.setattr(paper, "end_to_end", lambda: bars)
-    assert shared_memory_bars() == [] and shrinking_memory().agrees
+    assert paper.shared_memory_bars() == [] and shrinking_memory().agrees
