@@ -66,12 +66,9 @@ def names_in_files(names: Collection[str], stored: Collection[str], prefix: str)
     """
     found = {}
     for name in names:
-        others = (name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-        possible = (
-            name,
-            *(other for other in others if other not in names),
-        )  # another tensor's own name is not this one's
-        match = next((other for other in possible if other in stored), None)
+        possible = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        # Another tensor's own name is not this one's.
+        match = next((other for other in possible if other in stored and (other == name or other not in names)), None)
         if match is not None:
             found[name] = match
     return found

@@ -132,9 +132,10 @@ class Records:
 
     def _facts(self, model: str, method: str, parameters: Mapping[str, Any], seed: int) -> dict[str, Any]:
         inputs = {"study": self.study, "model": model, "method": method, "parameters": dict(parameters), "seed": seed}
-        key = _key(inputs, source_digest(self.study))
+        machine = provenance(self.device)
+        key = _key(inputs, source_digest(self.study, machine["device"]))
         self._seen.add(key)
-        return {**inputs, "key": key, **provenance(self.device)}
+        return {**inputs, "key": key, **machine}
 
     def _measured(self, facts: dict[str, Any], measured: Mapping[str, Measurement]) -> dict[str, Record]:
         fresh = [
@@ -170,7 +171,7 @@ def current(records: Iterable[Record]) -> list[Record]:
     return [
         record
         for record in records
-        if record.key == _key({name: getattr(record, name) for name in _INPUTS}, source(record.study))
+        if record.key == _key({name: getattr(record, name) for name in _INPUTS}, source(record.study, record.device))
     ]
 
 
@@ -251,11 +252,12 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def source_digest(study: str) -> str:
+def source_digest(study: str, device: str = "") -> str:
     """Digest of the code that decides a study's numbers: the arithmetic, the sources and the study itself.
 
-    The demo models' weights are left out: a model's fingerprint is among a study's parameters. What `auto` takes on a GPU
-    (runtime/auto.json) decides the numbers of every study that runs models; 03_kernels names each backend, and writes it.
+    device: the machine's, as records name it. What `auto` takes on a card decides the numbers of every study that runs models
+    there, so that the card's rows of runtime/auto.json count; 03_kernels names each backend, and finds the rows out.
+    The demo models' weights are left out: a model's fingerprint is among a study's parameters.
     """
     core = paths.ROOT / "flexq_core"
     stem = study.split("_", 1)[-1]
@@ -263,7 +265,6 @@ def source_digest(study: str) -> str:
         *(core / "quant").glob("*.py"),
         *(core / "files").glob("*.py"),
         *(core / "runtime").glob("*.py"),
-        *((core / "runtime").glob("auto.json") if stem != "kernels" else ()),
         *(core / "sources").rglob("*.py"),
         *(path for path in (paths.KERNELS).rglob("*") if path.is_file()),
         *(
@@ -276,6 +277,10 @@ def source_digest(study: str) -> str:
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(str(file.relative_to(paths.ROOT)).encode() + b"\0" + file.read_bytes())
+    if stem != "kernels":
+        for table in (core / "runtime").glob("auto.json"):
+            rows = [row for row in json.loads(table.read_text(encoding="utf-8")) if row["card"] == device]
+            digest.update(json.dumps(rows, sort_keys=True).encode())
     return digest.hexdigest()
 
 

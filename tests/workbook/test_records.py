@@ -73,7 +73,6 @@ def test_the_order_of_parameters_does_not_matter(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "anew"),
     [
-        ("flexq_core/runtime/auto.json", True),
         ("flexq_core/quant/spec.py", True),
         ("flexq_core/runtime/ops.py", True),
         ("flexq_core/files/tensors.py", True),
@@ -100,15 +99,16 @@ def test_a_change_of_what_computes_computes_anew(tmp_path, monkeypatch, changed,
 
 
 @pytest.mark.parametrize("study", ["01_sensitivity", "02_accuracy", "03_kernels", "04_e2e"])
-def test_what_auto_takes_decides_every_study_but_the_one_that_finds_it_out(tmp_path, monkeypatch, study):
+def test_what_auto_takes_on_a_card_decides_its_studies_but_the_one_that_finds_it_out(tmp_path, monkeypatch, study):
     table = tmp_path / "flexq_core" / "runtime" / auto.PATH.name
     table.parent.mkdir(parents=True)
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(paths, "KERNELS", tmp_path / "kernels")
     table.write_text("[]")
-    before = source_digest(study)
-    table.write_text('[{"card": "NVIDIA H100"}]')
-    assert (source_digest(study) == before) == (study == "03_kernels")
+    before = {device: source_digest(study, device) for device in ("NVIDIA H100", "NVIDIA H200", "a processor")}
+    table.write_text('[{"card": "NVIDIA H100", "outputs": 4096}]')
+    changed = {device for device, digest in before.items() if source_digest(study, device) != digest}
+    assert changed == ({"NVIDIA H100"} if study != "03_kernels" else set())
 
 
 @settings(max_examples=50, deadline=None)
