@@ -165,7 +165,7 @@ def test_activation_codes_equal_the_definition_at_rounding_edges(backend):
 @gpu
 @both
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("bias", [None, torch.float16, torch.float32])
+@pytest.mark.parametrize("bias", [None, torch.float16, torch.bfloat16, torch.float32])
 def test_types_of_inputs_and_bias(backend, dtype, bias):
     """The result is the float32 one on the same inputs, rounded once."""
     weight = quantize_weight(torch.randn(70, 640))
@@ -290,6 +290,38 @@ def test_auto_equals_the_kernels_it_chooses_from(tokens):
 
 
 @gpu
+@pytest.mark.parametrize("tokens", [4, 300])
+def test_auto_is_compiled_and_captured(tokens):
+    """Of few tokens and of many, for which it takes different kernels on Hopper."""
+    layer = FlexQLinear.from_linear(torch.nn.Linear(640, 256)).cuda().half()
+    x = torch.randn(tokens, 640, device="cuda", dtype=torch.float16)
+    right = layer(x)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False)
+    assert torch.equal(compiled(x), right)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = compiled(x)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, layer(x))
+
+
+@gpu
+@both
+def test_any_device_index(backend):
+    """A layer runs where its tensors are, whichever device is current."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("this machine has one GPU")
+    layer = FlexQLinear.from_linear(torch.nn.Linear(640, 256), backend=backend)
+    x = torch.randn(9, 640)
+    first = layer.to("cuda:0")(x.to("cuda:0")).cpu()
+    assert torch.equal(layer.to("cuda:1")(x.to("cuda:1")).cpu(), first)
+    assert torch.cuda.current_device() == 0
+
+
+@gpu
 @both
 @bits_6_8
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 32, 33, 64, 129, 300])
@@ -303,6 +335,36 @@ def test_large_layers_agree_with_the_reference(backend, activation_bits, tokens)
     layer.backend = "reference"
     expected = layer(x)
     assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("outputs_over", [0, 3])  # of a token stored several at once, and one by one
+@pytest.mark.parametrize(
+    ("tokens", "features", "outputs"),
+    [  # forms of w6ax_wgmma.cu on a card of 80 to 160 multiprocessors
+        pytest.param(64, 640, 20800, id="64 tokens, two blocks a multiprocessor"),
+        pytest.param(64, 2100, 20800, id="64 tokens, two blocks a multiprocessor, more groups than stages"),
+        pytest.param(64, 300, 1000, id="64 tokens, two teams, not a group for every stage"),
+        pytest.param(64, 4096, 1000, id="64 tokens, two teams, split"),
+        pytest.param(128, 4096, 1000, id="128 tokens, split"),
+        pytest.param(300, 640, 1000, id="128 tokens, several tiles of tokens"),
+        pytest.param(300, 4096, 1000, id="128 tokens, several tiles of tokens, split"),
+        pytest.param(300, 7000, 1000, id="256 tokens, split"),
+        pytest.param(700, 128, 8200, id="256 tokens, several tiles a block of one group"),
+        pytest.param(700, 300, 8200, id="256 tokens, several tiles a block, not a group for every stage"),
+        pytest.param(700, 640, 8200, id="256 tokens, several tiles a block, a group more than stages"),
+        pytest.param(700, 7000, 8200, id="256 tokens, several tiles a block of many groups"),
+    ],
+)
+def test_every_form_of_wgmma_gives_integers_for_integers(tokens, features, outputs, outputs_over, dtype):
+    """Bit for bit, in all rows and columns; the last tiles are not whole."""
+    codes, scales, exponents = exactness.exact_layer(outputs + outputs_over, features)
+    x = torch.randint(-127, 128, (tokens, features)).float()
+    x[:, ::128] = 127  # so that every group's scale is one
+    y = linear(x, pack_codes(codes, 6), scales, exponents, None, 8, "wgmma", dtype)
+    right = x.double().cuda() @ codes[:, :features].double().cuda().T / 4
+    assert torch.equal(y, right.float().to(dtype).cpu())
 
 
 @gpu
