@@ -28,13 +28,14 @@ struct Problem {
   int64_t tokens, features, outputs, groups;
   int activation_bits;
 
-  // Quantised activations. Few tokens: rows, offset binary (q + 128), to meet signed weights in vpdpbusd:
+  // Quantised activations. Few tokens: rows, offset binary (q + 128), to meet signed weights in vpdpbusd (AVX2 has an order of its own):
   //   codes[m * groups * 128 + k]                                    scales[g * 8 + m]
   // Many tokens: tiles of 16 tokens x 64 codes, signed, four codes along K side by side as dot-product instructions eat them:
   //   codes[((m / 16) * groups * 2 + k / 64) * 1024 + (k % 64) / 4 * 64 + (m % 16) * 4 + k % 4]    scales[g * padded_tokens + m]
   uint8_t* codes;
   float* scales;
   int32_t* corrections;     // many tokens: -32 * sum of a group's codes, [g * padded_tokens + m]; undoes the weights' offset
+                            // few tokens: 8 to a token and group, which AVX2 uses
   int64_t padded_tokens;    // tokens rounded up to a multiple of 16
 
   bool few() const { return tokens <= kFewTokens; }

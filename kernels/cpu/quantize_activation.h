@@ -8,7 +8,9 @@ namespace flexq {
 
 constexpr int32_t kInfinityBits = 0x7f800000;
 
-__attribute__((always_inline)) inline int64_t quantize_token(const Problem& p, int64_t token) {
+// `store_few(g, codes, scale)` keeps a group of few tokens in the path's own layout.
+template <class StoreFew>
+__attribute__((always_inline)) inline int64_t quantize_token(const Problem& p, int64_t token, StoreFew store_few) {
   const float* row = p.x + token * p.features;
   const float top = float((1 << (p.activation_bits - 1)) - 1), bottom = -top - 1.0f;
   for (int64_t g = 0; g < p.groups; ++g) {
@@ -46,9 +48,7 @@ __attribute__((always_inline)) inline int64_t quantize_token(const Problem& p, i
       sum += integer;
     }
     if (p.few()) {
-      uint8_t* out = p.codes + (token * p.groups + g) * kGroup;
-      for (int i = 0; i < kGroup; ++i) out[i] = uint8_t(codes[i]) ^ 0x80;  // q + 128
-      p.scales[g * kFewTokens + token] = scale;
+      store_few(g, codes, scale);
     } else {
       uint8_t* out = p.codes + ((token / kTile) * p.groups + g) * 2 * kTileBytes + (token % kTile) * 4;
       for (int quad = 0; quad < kGroup / 4; ++quad) std::memcpy(out + quad * kTile * 4, codes + quad * 4, 4);
@@ -57,6 +57,14 @@ __attribute__((always_inline)) inline int64_t quantize_token(const Problem& p, i
     }
   }
   return -1;
+}
+
+__attribute__((always_inline)) inline int64_t quantize_token(const Problem& p, int64_t token) {
+  return quantize_token(p, token, [&](int64_t g, const int8_t* codes, float scale) {
+    uint8_t* out = p.codes + (token * p.groups + g) * kGroup;
+    for (int i = 0; i < kGroup; ++i) out[i] = uint8_t(codes[i]) ^ 0x80;  // q + 128
+    p.scales[g * kFewTokens + token] = scale;
+  });
 }
 
 }  // namespace flexq

@@ -44,7 +44,7 @@ int64_t run(Problem p, const Path& path, int threads) {
   const int64_t stored = p.few() ? p.tokens : p.padded_tokens;
   p.codes = codes.get<uint8_t>(size_t(stored) * p.groups * kGroup);
   p.scales = scales.get<float>(size_t(std::max<int64_t>(stored, kFewTokens)) * p.groups);
-  p.corrections = corrections.get<int32_t>(size_t(stored) * p.groups);
+  p.corrections = corrections.get<int32_t>(size_t(stored) * p.groups * (p.few() ? 8 : 1));
   if (stored > p.tokens) {  // the last tile's missing tokens are computed with the rest, as zeros
     const size_t tile = size_t(p.groups) * 2 * kTileBytes;
     std::memset(p.codes + (stored / kTile - 1) * tile, 0, tile);

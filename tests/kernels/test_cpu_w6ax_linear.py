@@ -60,6 +60,18 @@ def test_sums_at_their_extremes_do_not_saturate(isa, tokens, sign):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [1, 8, 32])
+def test_the_least_codes_of_both_sides_multiply_exactly(isa, tokens):
+    """Only a subnormal scale, rounded down, gives codes of -128; eight products with -32 then come to 2 ** 15."""
+    least = 2.0**-149
+    x = torch.full((tokens, 256), -190 * least)  # 190 / 127 rounds to a scale of one least subnormal
+    packed = pack_codes(torch.full((17, 256), -32, dtype=torch.int8), 6)
+    scales, exponents = torch.ones(17, 2, dtype=torch.float16), torch.zeros(17, dtype=torch.int8)
+    y = linear(x, packed, scales, exponents, None, 8, isa)
+    assert torch.equal(y, torch.full((tokens, 17), 128 * 32 * 256 * least))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_activation_codes_equal_the_definition_at_rounding_edges(isa):
     exactness.quantises_as_defined_at_rounding_edges(partial(linear, isa=isa), range(2, 9))
 
