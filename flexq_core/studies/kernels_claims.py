@@ -38,8 +38,8 @@ FLEXQ_ERROR_BOUND = 6e-2
 AT_MOST_OVER_INT8 = 1.1
 """How much longer than torch's dynamic INT8 FlexQ's CPU kernel may take for one token, the geometric mean over shapes."""
 INT8_ISAS = ("amx", "avx512")
-"""The CPU kernel's paths of which that is claimed. AVX2 has no instruction that sums products of bytes in 32 bits, and unpacking
-six bits takes it longer than reading eight does."""
+"""The CPU kernel's paths of which that is claimed. AVX2 has no instruction that sums products of bytes in 32 bits: which of two
+ways round that is faster is each processor's own, and told."""
 AT_MOST_PREEMPTIONS = 0.25
 """Preemptions a call above which a machine is too busy to tell: on a quiet one there are hardly any."""
 HOPPER = ("H100", "H200")

@@ -37,7 +37,7 @@ def _machine(device: str) -> dict[str, Any]:
         "dirty": None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no")),
         "versions": versions,
         "device": torch.cuda.get_device_name(device) if on_gpu else processor_name(),
-        "driver": driver() if on_gpu else None,
+        "driver": (driver() or "unknown") if on_gpu else None,
     }
 
 

@@ -133,7 +133,7 @@ class Records:
     def _facts(self, model: str, method: str, parameters: Mapping[str, Any], seed: int) -> dict[str, Any]:
         inputs = {"study": self.study, "model": model, "method": method, "parameters": dict(parameters), "seed": seed}
         machine = provenance(self.device)
-        key = _key(inputs, source_digest(self.study, machine["device"]))
+        key = _key(inputs, source_digest(self.study, _card(machine["device"], machine["driver"])))
         self._seen.add(key)
         return {**inputs, "key": key, **machine}
 
@@ -168,11 +168,12 @@ class Records:
 def current(records: Iterable[Record]) -> list[Record]:
     """Those that this source would compute: nothing that decides their values has changed since."""
     source = functools.cache(source_digest)  # to read it all takes longer than a record
-    return [
-        record
-        for record in records
-        if record.key == _key({name: getattr(record, name) for name in _INPUTS}, source(record.study, record.device))
-    ]
+
+    def key(record: Record) -> str:
+        inputs = {name: getattr(record, name) for name in _INPUTS}
+        return _key(inputs, source(record.study, _card(record.device, record.driver)))
+
+    return [record for record in records if record.key == key(record)]
 
 
 _INPUTS = ("study", "model", "method", "parameters", "seed")
@@ -252,24 +253,31 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def source_digest(study: str, device: str = "") -> str:
+def _card(device: str, driver: str | None) -> str:
+    """The name of the GPU that a record is of, empty for a processor."""
+    return device if driver else ""
+
+
+def source_digest(study: str, card: str = "") -> str:
     """Digest of the code that decides a study's numbers: the arithmetic, the sources and the study itself.
 
-    device: the machine's, as records name it. What `auto` takes on a card decides the numbers of every study that runs models
-    there, so that the card's rows of runtime/auto.json count; 03_kernels names each backend, and finds the rows out.
-    The demo models' weights are left out: a model's fingerprint is among a study's parameters.
+    card: the GPU's name, empty for a processor, of which kernels and what calls them count alone. What `auto` takes on a card
+    decides the numbers of every study that runs models there, so that the card's rows of runtime/auto.json count; 03_kernels
+    names each backend, and finds the rows out. The demo models' weights are left out: a model's fingerprint is among a study's
+    parameters.
     """
     core = paths.ROOT / "flexq_core"
     stem = study.split("_", 1)[-1]
+    kind, other = ("cuda", "cpu") if card else ("cpu", "cuda")
     files = [
         *(core / "quant").glob("*.py"),
         *(core / "files").glob("*.py"),
-        *(core / "runtime").glob("*.py"),
+        *(path for path in (core / "runtime").glob("*.py") if path.stem != other),
         *(core / "sources").rglob("*.py"),
-        *(path for path in (paths.KERNELS).rglob("*") if path.is_file()),
+        *(path for path in (paths.KERNELS / kind).rglob("*") if path.is_file()),
         *(
             path
-            for name in (stem, f"{stem}_gpu", f"{stem}_scales", f"{stem}_agreement", "baselines")
+            for name in (stem, *([f"{stem}_gpu"] if card else []), f"{stem}_scales", f"{stem}_agreement", "baselines")
             if (path := core / "studies" / f"{name}.py").is_file()
         ),
         *(core / "studies" / stem).rglob("*.py"),
@@ -277,9 +285,9 @@ def source_digest(study: str, device: str = "") -> str:
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(str(file.relative_to(paths.ROOT)).encode() + b"\0" + file.read_bytes())
-    if stem != "kernels":
+    if card and stem != "kernels":
         for table in (core / "runtime").glob("auto.json"):
-            rows = [row for row in json.loads(table.read_text(encoding="utf-8")) if row["card"] == device]
+            rows = [row for row in json.loads(table.read_text(encoding="utf-8")) if row["card"] == card]
             digest.update(json.dumps(rows, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -70,32 +70,40 @@ def test_the_order_of_parameters_does_not_matter(tmp_path):
     records.once(**CASE | {"parameters": {"b": 2, "a": 1}}, compute=must_not_compute)
 
 
+CPU, GPU = "", "NVIDIA H100"
+
+
 @pytest.mark.parametrize(
     ("changed", "anew"),
     [
-        ("flexq_core/quant/spec.py", True),
-        ("flexq_core/runtime/ops.py", True),
-        ("flexq_core/files/tensors.py", True),
-        ("flexq_core/sources/data.py", True),
-        ("flexq_core/studies/accuracy.py", True),
-        ("flexq_core/studies/accuracy/part.py", True),
-        ("flexq_core/studies/accuracy_scales.py", True),
-        ("flexq_core/studies/accuracy_agreement.py", True),
-        ("kernels/cpu/kernel.cpp", True),
-        ("flexq_core/studies/quickstart.py", False),
-        ("flexq_core/workbook/report.py", False),
+        ("flexq_core/quant/spec.py", {CPU, GPU}),
+        ("flexq_core/runtime/ops.py", {CPU, GPU}),
+        ("flexq_core/files/tensors.py", {CPU, GPU}),
+        ("flexq_core/sources/data.py", {CPU, GPU}),
+        ("flexq_core/studies/accuracy.py", {CPU, GPU}),
+        ("flexq_core/studies/accuracy/part.py", {CPU, GPU}),
+        ("flexq_core/studies/accuracy_scales.py", {CPU, GPU}),
+        ("flexq_core/studies/accuracy_agreement.py", {CPU, GPU}),
+        ("kernels/cpu/kernel.cpp", {CPU}),
+        ("kernels/cuda/kernel.cu", {GPU}),
+        ("flexq_core/runtime/cpu.py", {CPU}),
+        ("flexq_core/runtime/cuda.py", {GPU}),
+        ("flexq_core/studies/accuracy_gpu.py", {GPU}),
+        ("flexq_core/studies/quickstart.py", set()),
+        ("flexq_core/workbook/report.py", set()),
     ],
 )
 def test_a_change_of_what_computes_computes_anew(tmp_path, monkeypatch, changed, anew):
-    files = [tmp_path / name for name in ("flexq_core/quant/other.py", "kernels/cpu/other.h", changed)]
+    """On a processor and on a GPU, each of which has kernels of its own."""
+    files = [tmp_path / name for name in ("flexq_core/quant/other.py", changed)]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("1")
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(paths, "KERNELS", tmp_path / "kernels")
-    before = source_digest("02_accuracy")
+    before = {card: source_digest("02_accuracy", card) for card in (CPU, GPU)}
     files[-1].write_text("2")
-    assert (source_digest("02_accuracy") != before) == anew
+    assert {card for card, digest in before.items() if source_digest("02_accuracy", card) != digest} == anew
 
 
 @pytest.mark.parametrize("study", ["01_sensitivity", "02_accuracy", "03_kernels", "04_e2e"])
@@ -105,10 +113,10 @@ def test_what_auto_takes_on_a_card_decides_its_studies_but_the_one_that_finds_it
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(paths, "KERNELS", tmp_path / "kernels")
     table.write_text("[]")
-    before = {device: source_digest(study, device) for device in ("NVIDIA H100", "NVIDIA H200", "a processor")}
+    before = {card: source_digest(study, card) for card in (CPU, GPU, "NVIDIA H200")}
     table.write_text('[{"card": "NVIDIA H100", "outputs": 4096}]')
-    changed = {device for device, digest in before.items() if source_digest(study, device) != digest}
-    assert changed == ({"NVIDIA H100"} if study != "03_kernels" else set())
+    changed = {card for card, digest in before.items() if source_digest(study, card) != digest}
+    assert changed == ({GPU} if study != "03_kernels" else set())
 
 
 @settings(max_examples=50, deadline=None)
