@@ -773,7 +773,7 @@ def test_the_command_line_keeps_a_gpus_records_and_makes_the_table_from_them(car
     both = read_jsonl(tmp_path / "h200" / "records" / "03_kernels.jsonl")
     assert both[: len(first)] == first
     assert {(r.method, r.parameters["activation_bits"]) for r in both[len(first) :]} == {("imma", 8), ("wgmma", 8)}
-    monkeypatch.setattr("flexq_core.workbook.records.source_digest", lambda study: "other source")
+    monkeypatch.setattr("flexq_core.workbook.records.source_digest", lambda *_: "other source")
     assert kernels.main([*arguments, "--repeats", "9"]) == 0
     kept = read_jsonl(tmp_path / "h200" / "records" / "03_kernels.jsonl")
     assert {r.parameters.get("repeats", 9) for r in kept} == {9}  # what an older source measured is gone

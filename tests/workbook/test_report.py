@@ -135,7 +135,7 @@ def test_claims_of_runs_that_differ_say_in_what(tmp_path):
 
 def test_what_an_older_source_claimed_is_not_shown(tmp_path, monkeypatch):
     for hour, text in enumerate(["removed since", "kept"]):
-        monkeypatch.setattr("flexq_core.workbook.records.source_digest", lambda _, text=text: text)
+        monkeypatch.setattr("flexq_core.workbook.records.source_digest", lambda *_, text=text: text)
         time = {**PROVENANCE, "time": f"2026-01-01T0{hour}:00:00+00:00"}
         monkeypatch.setattr("flexq_core.workbook.records.provenance", lambda _, time=time: time)
         claim(tmp_path, (text, 1.0))
@@ -269,7 +269,7 @@ def test_no_records_are_no_table(tmp_path):
 
 def test_reference_then_readme_carry_records_into_the_readme(tmp_path, monkeypatch):
     monkeypatch.setenv("FLEXQ_OUTPUTS", str(tmp_path / "out"))
-    monkeypatch.setattr("flexq_core.workbook.records.source_digest", lambda _: "this source")
+    monkeypatch.setattr("flexq_core.workbook.records.source_digest", lambda *_: "this source")
     score(tmp_path / "out", "fp32", "torch", 8.125)
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")

@@ -13,7 +13,7 @@ def folder(tmp_path, monkeypatch):
     """An outputs folder of this workbook's own, and no references beside it."""
     monkeypatch.setenv("FLEXQ_OUTPUTS", str(tmp_path / "out"))
     monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
-    monkeypatch.setattr("flexq_core.workbook.records.source_digest", lambda study: study)
+    monkeypatch.setattr("flexq_core.workbook.records.source_digest", lambda study, _card: study)
     return tmp_path / "out"
 
 
