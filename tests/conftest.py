@@ -2,10 +2,14 @@
 
 import sys
 
+import hypothesis
 import pytest
 import torch
 
 pytest.register_assert_rewrite("tests.kernels.exactness")
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # on a busy machine everything takes longer
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items):

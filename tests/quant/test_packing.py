@@ -20,7 +20,7 @@ def random_codes(bits: int, *shape: int, seed: int = 0) -> torch.Tensor:
 every_width = pytest.mark.parametrize("bits", range(2, 9))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(bits=st.integers(2, 8), rows=st.integers(0, 7), octets=st.integers(1, 35), seed=st.integers(0, 2**31))
 def test_packing_equals_the_bitwise_packer(bits, rows, octets, seed):
     codes = random_codes(bits, rows, octets * 8, seed=seed)
@@ -59,7 +59,7 @@ def test_packing_takes_a_strided_view_and_any_leading_shape():
     assert torch.equal(unpack_codes(pack_codes(codes, 6), 6), codes)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(bits=st.integers(2, 8), rows=st.integers(0, 5), words=st.integers(1, 9), seed=st.integers(0, 2**31))
 def test_bit_planes_are_the_bits_of_the_codes(bits, rows, words, seed):
     codes = random_codes(bits, rows, words * 32, seed=seed)

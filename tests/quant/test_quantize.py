@@ -13,7 +13,7 @@ from tests import reference
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     rows=st.integers(0, 5),
     features=st.integers(1, 300),

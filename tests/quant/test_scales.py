@@ -36,7 +36,7 @@ def exact_errors(weight, quantized, importance=None):
     return errors
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 3),
     features=st.integers(1, 300),

@@ -39,7 +39,7 @@ def oracle(x, quantized, bias, activation_bits):
 
 
 @pytest.mark.parametrize("backend", EXACT_BACKENDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     tokens=st.sampled_from([1, 3, 8, 17, 33]),
     outputs=st.integers(1, 70),

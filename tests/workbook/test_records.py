@@ -53,7 +53,7 @@ def test_what_is_on_record_is_not_computed_again(tmp_path):
     assert again["perplexity"].value == 8.5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(cases, cases)
 def test_only_the_same_inputs_are_the_same_record(one, other):
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +119,7 @@ def test_what_auto_takes_on_a_card_decides_its_studies_but_the_one_that_finds_it
     assert changed == ({GPU} if study != "03_kernels" else set())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.dictionaries(
         st.text(min_size=1),
@@ -219,7 +219,7 @@ def two_records(folder: Path) -> Records:
     return records
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_a_half_written_line_is_named_and_never_overwritten(data):
     with tempfile.TemporaryDirectory() as folder:
