@@ -52,6 +52,22 @@ def gives_integers_for_integers(linear, tokens, activation_bits=8, weight_bits=6
     assert torch.equal(y.double(), x.double() @ codes.double().T / 4)
 
 
+def integers_and_bias(tokens, features, outputs, device="cpu"):
+    """(x, packed, scales, exponents), sums and bias on a device, the latter two float32: for activations of 8 bits.
+
+    Sums are integers times powers of two, exact in float32: adding the bias, of whatever type, rounds once.
+    """
+    codes, scales, _ = exact_layer(outputs, features)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(-127, 128, (tokens, features), generator=generator).float()
+    x[:, ::128] = 127  # so that every group's scale is one
+    exponents = torch.randint(-6, 1, (outputs,), generator=generator, dtype=torch.int8)
+    bias = torch.randn(outputs, generator=generator) * 100
+    x, codes, scales, exponents, bias = (each.to(device) for each in (x, codes, scales, exponents, bias))
+    sums = x.double() @ codes[:, :features].double().T * torch.exp2(exponents.double() - 2)
+    return (x, pack_codes(codes, 6), scales, exponents), sums.float(), bias
+
+
 def misses_a_dropped_bit_plane(linear, tokens, plane, activation_bits=6, weight_bits=6):
     codes, scales, exponents = exact_layer(20, 256, weight_bits)
     planes = pack_bit_planes(codes, weight_bits)

@@ -423,6 +423,35 @@ def test_equal_calls_give_equal_bits_whatever_tokens_are_beside(backend):
 
 @gpu
 @each
+def test_any_device_index(backend):
+    """Launches go to the tensors' device, also while another is current, and leave that as it is.
+
+    On a stream of the tensors' device, which no other device can launch on: a default stream is every device's.
+    """
+    if torch.cuda.device_count() < 2:
+        pytest.skip("this machine has one GPU")
+    rows = [torch.randn(9, 1030) for _ in range(2)]
+
+    def launches(device):
+        x, y = (each.to(device) for each in rows)
+        norm = {"residual": y, "activation_bits": 6, "backend": backend}
+        return [
+            cuda.quantize_activation(x, 6, backend),
+            cuda.relu_quantize(x, 6, backend),
+            cuda.silu_mul_quantize(x, y, 6, backend),
+            *cuda.rms_norm_quantize(x, y[0], 1e-6, **norm),
+            *cuda.layer_norm_quantize(x, y[0], y[1], 1e-5, **norm),
+        ]
+
+    right = [each.cpu() for each in launches("cuda:0")]
+    with torch.cuda.stream(torch.cuda.Stream(1)), torch.cuda.device(0):
+        found = launches("cuda:1")
+        assert torch.cuda.current_device() == 0
+        assert all(torch.equal(one.cpu(), other) for one, other in zip(found, right, strict=True))
+
+
+@gpu
+@each
 @bits_6_8
 @dtypes
 def test_the_linear_kernels_take_the_records(dtype, bits, backend):

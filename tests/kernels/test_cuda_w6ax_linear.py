@@ -64,7 +64,12 @@ def compiles_without_spilling(source, cards, tmp_path, *macros):
     assert not spilled
 
 
-def linear(x, packed, scales, exponents, bias, activation_bits, backend, dtype=torch.float32):
+def linear(*operands, **named):
+    """`linear_on_gpu`, brought back."""
+    return linear_on_gpu(*operands, **named).cpu()
+
+
+def linear_on_gpu(x, packed, scales, exponents, bias, activation_bits, backend, dtype=torch.float32):
     """Run on the GPU into an output full of NaN, so that what is not written shows."""
     device = torch.device("cuda")
     chunks = cuda.repack(packed.to(device), scales.to(device), backend)
@@ -74,7 +79,7 @@ def linear(x, packed, scales, exponents, bias, activation_bits, backend, dtype=t
     bias = None if bias is None else bias.to(device)
     y = cuda.linear(records, len(x), chunks, exponents.to(device), bias, activation_bits, backend, out)
     assert not torch.isnan(y).any()
-    return y.cpu()
+    return y
 
 
 @gpu
@@ -173,6 +178,19 @@ def test_types_of_inputs_and_bias(backend, dtype, bias):
     b = None if bias is None else torch.randn(70, dtype=bias)
     arguments = (pack_codes(weight.codes, 6), weight.scales, weight.exponents, b, 6, backend)
     assert torch.equal(linear(x, *arguments, dtype=dtype), linear(x, *arguments).to(dtype))
+
+
+@gpu
+@both
+@pytest.mark.parametrize("tokens", [9, 300])
+@pytest.mark.parametrize("bias_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_bias_of_any_type_is_added_bit_for_bit(backend, tokens, bias_dtype):
+    """To exact sums, so that nothing is rounded but the sum with it, in float32, and then the output."""
+    operands, sums, bias = exactness.integers_and_bias(tokens, 300, 70)
+    bias = bias.to(bias_dtype)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        right = (sums + bias.float()).to(dtype)
+        assert torch.equal(linear(*operands, bias, 8, backend, dtype), right), dtype
 
 
 @gpu
@@ -309,16 +327,49 @@ def test_auto_is_compiled_and_captured(tokens):
 
 
 @gpu
-@both
-def test_any_device_index(backend):
-    """A layer runs where its tensors are, whichever device is current."""
+def test_auto_compiled_once_takes_the_kernel_of_each_number_of_tokens(monkeypatch):
+    """The compiled layer chooses when it is called, not when it is traced: on Hopper these numbers take both kernels."""
+    layer = FlexQLinear.from_linear(torch.nn.Linear(640, 256)).cuda().half()
+    chunks, bits = layer.prepare()[1], layer.precision.activation_bits
+    taken, product = [], cuda.linear
+
+    def watched(*operands):
+        taken.append(operands[6])
+        return product(*operands)
+
+    monkeypatch.setattr(cuda, "linear", watched)
+    torch.compiler.reset()  # of what other tests compiled of this class, which counts towards torch's limit
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    numbers = (4, 300, 5, 299)  # from the second on the number is a variable of the compiled code
+    right = [layer.backend_for(tokens) for tokens in numbers]
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert right == ["imma", "wgmma"] * 2
+    for tokens, backend in zip(numbers, right, strict=True):
+        x = torch.randn(tokens, 640, device="cuda", dtype=torch.float16)
+        y = compiled(x)
+        assert torch.equal(y, ops.w6ax_linear_repacked(x, chunks, layer.weight_exponent, layer.bias, bits, backend))
+        assert taken == [backend] * 2  # by the compiled layer, and by the line above
+        taken.clear()
+
+
+@gpu
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("tokens", [9, 300])
+def test_any_device_index(backend, tokens):
+    """A layer runs where its tensors are, whichever device is current, and leaves that as it is.
+
+    On a stream of the tensors' device, which no other device can launch on: a default stream is every device's.
+    """
     if torch.cuda.device_count() < 2:
         pytest.skip("this machine has one GPU")
-    layer = FlexQLinear.from_linear(torch.nn.Linear(640, 256), backend=backend)
-    x = torch.randn(9, 640)
-    first = layer.to("cuda:0")(x.to("cuda:0")).cpu()
-    assert torch.equal(layer.to("cuda:1")(x.to("cuda:1")).cpu(), first)
-    assert torch.cuda.current_device() == 0
+    layer = FlexQLinear.from_linear(torch.nn.Linear(4096, 256), backend=backend)
+    for current, device in [(0, 1), (1, 0), (1, 1)]:
+        x = torch.randn(tokens, 4096)
+        right = layer.to("cuda:0")(x.to("cuda:0")).cpu()
+        with torch.cuda.stream(torch.cuda.Stream(device)), torch.cuda.device(current):
+            found = layer.to(f"cuda:{device}")(x.to(f"cuda:{device}"))
+            assert torch.cuda.current_device() == current
+            assert found.device.index == device and torch.equal(found.cpu(), right)
 
 
 @gpu
@@ -338,33 +389,42 @@ def test_large_layers_agree_with_the_reference(backend, activation_bits, tokens)
 
 
 @gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("outputs_over", [0, 3])  # of a token stored several at once, and one by one
 @pytest.mark.parametrize(
     ("tokens", "features", "outputs"),
-    [  # forms of w6ax_wgmma.cu on a card of 80 to 160 multiprocessors
-        pytest.param(64, 640, 20800, id="64 tokens, two blocks a multiprocessor"),
+    [  # forms of w6ax_wgmma.cu on a card of 80 to 160 multiprocessors; of how many blocks a cluster is, on one of 132
+        pytest.param(50, 640, 20800, id="64 tokens, two blocks a multiprocessor"),
         pytest.param(64, 2100, 20800, id="64 tokens, two blocks a multiprocessor, more groups than stages"),
         pytest.param(64, 300, 1000, id="64 tokens, two teams, not a group for every stage"),
-        pytest.param(64, 4096, 1000, id="64 tokens, two teams, split"),
-        pytest.param(128, 4096, 1000, id="128 tokens, split"),
-        pytest.param(300, 640, 1000, id="128 tokens, several tiles of tokens"),
-        pytest.param(300, 4096, 1000, id="128 tokens, several tiles of tokens, split"),
-        pytest.param(300, 7000, 1000, id="256 tokens, split"),
-        pytest.param(700, 128, 8200, id="256 tokens, several tiles a block of one group"),
-        pytest.param(700, 300, 8200, id="256 tokens, several tiles a block, not a group for every stage"),
-        pytest.param(700, 640, 8200, id="256 tokens, several tiles a block, a group more than stages"),
-        pytest.param(700, 7000, 8200, id="256 tokens, several tiles a block of many groups"),
+        pytest.param(50, 2400, 9000, id="64 tokens, two teams, more groups than stages, an odd number"),
+        pytest.param(50, 1400, 1000, id="64 tokens, two teams, split in 2 of 5 and 6 groups"),
+        pytest.param(50, 1700, 1000, id="64 tokens, two teams, split in 3 of 4 and 5 groups"),
+        pytest.param(50, 2800, 1000, id="64 tokens, two teams, split in 5 of 4 and 5 groups"),
+        pytest.param(64, 3900, 1000, id="64 tokens, two teams, split in 7 of 4 and 5 groups"),
+        pytest.param(64, 4096, 1000, id="64 tokens, two teams, split in 8"),
+        pytest.param(128, 4096, 1000, id="128 tokens, split in 8"),
+        pytest.param(100, 2400, 9000, id="128 tokens, more groups than stages"),
+        pytest.param(300, 640, 1000, id="128 tokens for few groups"),
+        pytest.param(300, 2400, 3200, id="128 tokens for few groups, which are more than stages"),
+        pytest.param(300, 4096, 1000, id="128 tokens for few groups, split"),
+        pytest.param(300, 6100, 1000, id="128 tokens for the most groups that are few, split"),
+        pytest.param(300, 6200, 1000, id="256 tokens for the fewest groups that are not, split in 6 to 8"),
+        pytest.param(300, 6300, 1400, id="256 tokens, split in 5"),
+        pytest.param(300, 6300, 2300, id="256 tokens, split in 3"),
+        pytest.param(300, 6300, 3500, id="256 tokens, split in 2"),
+        # A block of nine tiles of an odd number of groups begins one at each of four stages in either parity.
+        pytest.param(2100, 128, 17000, id="256 tokens, nine tiles a block of one group"),
+        pytest.param(2100, 300, 17000, id="256 tokens, nine tiles a block, not a group for every stage"),
+        pytest.param(2100, 640, 17000, id="256 tokens, nine tiles a block, a group more than stages"),
+        pytest.param(600, 7000, 8200, id="256 tokens, two tiles a block of many groups"),
     ],
 )
-def test_every_form_of_wgmma_gives_integers_for_integers(tokens, features, outputs, outputs_over, dtype):
-    """Bit for bit, in all rows and columns; the last tiles are not whole."""
-    codes, scales, exponents = exactness.exact_layer(outputs + outputs_over, features)
-    x = torch.randint(-127, 128, (tokens, features)).float()
-    x[:, ::128] = 127  # so that every group's scale is one
-    y = linear(x, pack_codes(codes, 6), scales, exponents, None, 8, "wgmma", dtype)
-    right = x.double().cuda() @ codes[:, :features].double().cuda().T / 4
-    assert torch.equal(y, right.float().to(dtype).cpu())
+def test_every_form_of_wgmma_gives_integers_for_integers(tokens, features, outputs, outputs_over):
+    """Bit for bit, in all rows and columns, in outputs and with a bias of each type; most last tiles are not whole."""
+    operands, sums, bias = exactness.integers_and_bias(tokens, features, outputs + outputs_over, "cuda")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        right = (sums + bias.to(dtype).float()).to(dtype)
+        assert torch.equal(linear_on_gpu(*operands, bias.to(dtype), 8, "wgmma", dtype), right), dtype
 
 
 @gpu
