@@ -1,4 +1,4 @@
-# `make help` lists what there is. Every target but doctor and clean makes .venv first where there is none;
+# `make help` lists what there is. Every target but help, doctor and clean makes .venv first where there is none;
 # PYTHON=... chooses with which.
 .DEFAULT_GOAL := help
 .PHONY: help doctor demo reproduce test test-gpu lab lint format lock reference kernels end-to-end readme clean env

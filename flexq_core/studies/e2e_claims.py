@@ -129,6 +129,8 @@ def _engine_claims(best: pd.DataFrame, ours: str, model: str) -> list[tuple[str,
     if model in FP16_OVER_LIMIT and pd.notna(limit):
         at_most = FP16_OVER_LIMIT[model]
         text = f"{model}: FP16 takes at most {at_most:.2f} × as long for a token as its bytes"
+        if pd.isna(took):
+            return [*found, (text, None, _NO_STEP)]
         told = f"{took:.4g} ms a token, its bytes take {limit:.4g} ms, {took / limit:.2f} ×"
         obstacle = _obstacle(best, "fp16", "fp16")
         found.append((text, None, f"{told}; {obstacle}") if obstacle else (text, bool(took / limit <= at_most), told))

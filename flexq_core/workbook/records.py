@@ -130,6 +130,11 @@ class Records:
         """The records that this run computed or found, in the order of the file."""
         return [record for record in read_jsonl(self.path) if record.key in self._seen]
 
+    def drop_old(self) -> None:
+        """Drop what this source would compute anew, from the file."""
+        with self._file():
+            write_jsonl(self.path, current(read_jsonl(self.path)))
+
     def _facts(self, model: str, method: str, parameters: Mapping[str, Any], seed: int) -> dict[str, Any]:
         inputs = {"study": self.study, "model": model, "method": method, "parameters": dict(parameters), "seed": seed}
         machine = provenance(self.device)
@@ -153,11 +158,17 @@ class Records:
         return {record.metric: record for record in fresh}
 
     def _write(self, key: str, fresh: list[Record]) -> None:
+        with self._file():
+            kept = [record for record in read_jsonl(self.path) if record.key != key]
+            write_jsonl(self.path, kept + fresh)
+
+    @contextmanager
+    def _file(self) -> Iterator[None]:
+        """Hold the file while it is replaced; RecordError where it cannot be written."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(self.path.with_suffix(".lock")):
-                kept = [record for record in read_jsonl(self.path) if record.key != key]
-                write_jsonl(self.path, kept + fresh)
+                yield
         except OSError as error:
             raise RecordError(
                 f"cannot write {self.path}: {error.strerror or error}. Records written before are intact; free space or "

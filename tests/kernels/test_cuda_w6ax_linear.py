@@ -14,7 +14,7 @@ from tests.kernels import exactness
 
 gpu = pytest.mark.gpu
 BACKENDS = ["imma", "bmma", "wgmma"]
-both = pytest.mark.parametrize("backend", BACKENDS)
+each = pytest.mark.parametrize("backend", BACKENDS)
 bits_6_8 = pytest.mark.parametrize("activation_bits", [6, 8])
 
 
@@ -83,7 +83,7 @@ def linear_on_gpu(x, packed, scales, exponents, bias, activation_bits, backend, 
 
 
 @gpu
-@both
+@each
 @bits_6_8
 @pytest.mark.parametrize("tokens", range(1, 66))
 def test_equals_the_float64_oracle(backend, activation_bits, tokens):
@@ -94,7 +94,7 @@ def test_equals_the_float64_oracle(backend, activation_bits, tokens):
 
 
 @gpu
-@both
+@each
 @bits_6_8
 @pytest.mark.parametrize("tokens", [1, 5, 8, 16, 40, 65])
 def test_one_hot_activations_return_every_code_bit_for_bit(backend, activation_bits, tokens):
@@ -139,14 +139,14 @@ def test_a_layer_of_other_bits_runs_on_bit_planes(backend):
 
 
 @gpu
-@both
+@each
 @pytest.mark.parametrize("tokens", [8, 48, 130])
 def test_integer_inputs_give_integer_results_bit_for_bit(backend, tokens):
     exactness.gives_integers_for_integers(partial(linear, backend=backend), tokens)
 
 
 @gpu
-@both
+@each
 @pytest.mark.parametrize("tokens", [4, 20])
 @pytest.mark.parametrize("plane", range(6))
 def test_dropping_a_bit_plane_is_caught(backend, tokens, plane):
@@ -154,7 +154,7 @@ def test_dropping_a_bit_plane_is_caught(backend, tokens, plane):
 
 
 @gpu
-@both
+@each
 @pytest.mark.parametrize("tokens", [8, 32])
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_sums_at_their_extremes_do_not_overflow(backend, tokens, sign):
@@ -162,13 +162,13 @@ def test_sums_at_their_extremes_do_not_overflow(backend, tokens, sign):
 
 
 @gpu
-@both
+@each
 def test_activation_codes_equal_the_definition_at_rounding_edges(backend):
     exactness.quantises_as_defined_at_rounding_edges(partial(linear, backend=backend), range(2, 9))
 
 
 @gpu
-@both
+@each
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bias", [None, torch.float16, torch.bfloat16, torch.float32])
 def test_types_of_inputs_and_bias(backend, dtype, bias):
@@ -181,7 +181,7 @@ def test_types_of_inputs_and_bias(backend, dtype, bias):
 
 
 @gpu
-@both
+@each
 @pytest.mark.parametrize("tokens", [9, 300])
 @pytest.mark.parametrize("bias_dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_bias_of_any_type_is_added_bit_for_bit(backend, tokens, bias_dtype):
@@ -194,7 +194,7 @@ def test_a_bias_of_any_type_is_added_bit_for_bit(backend, tokens, bias_dtype):
 
 
 @gpu
-@both
+@each
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("tokens", [4, 40])
 def test_a_token_that_is_not_finite_gives_nan_and_the_others_do_not(backend, value, tokens):
@@ -209,7 +209,7 @@ def test_a_token_that_is_not_finite_gives_nan_and_the_others_do_not(backend, val
 
 
 @gpu
-@both
+@each
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_strided_and_misaligned_inputs(backend, dtype):
     layer = FlexQLinear.from_linear(torch.nn.Linear(300, 70), backend=backend).cuda()
@@ -226,7 +226,7 @@ def test_strided_and_misaligned_inputs(backend, dtype):
 
 
 @gpu
-@both
+@each
 def test_equal_calls_give_equal_bits(backend):
     layer = FlexQLinear.from_linear(torch.nn.Linear(4096, 1024), backend=backend).cuda().half()
     x = torch.randn(16, 4096, device="cuda", dtype=torch.float16)
@@ -236,7 +236,7 @@ def test_equal_calls_give_equal_bits(backend):
 
 
 @gpu
-@both
+@each
 def test_two_streams_at_once(backend):
     layers = [FlexQLinear.from_linear(torch.nn.Linear(2048, 512), backend=backend).cuda().half() for _ in range(2)]
     xs = [torch.randn(8, 2048, device="cuda", dtype=torch.float16) for _ in range(2)]
@@ -254,7 +254,7 @@ def test_two_streams_at_once(backend):
 
 
 @gpu
-@both
+@each
 def test_a_graph_replayed_with_new_data(backend):
     layers = torch.nn.Sequential(
         *[FlexQLinear.from_linear(torch.nn.Linear(1024, 1024), backend=backend) for _ in range(3)]
@@ -273,7 +273,7 @@ def test_a_graph_replayed_with_new_data(backend):
 
 
 @gpu
-@both
+@each
 def test_compiles_without_a_graph_break(backend):
     layer = FlexQLinear.from_linear(torch.nn.Linear(640, 256), backend=backend).cuda().half()
     layer.prepare()
@@ -284,7 +284,7 @@ def test_compiles_without_a_graph_break(backend):
 
 
 @gpu
-@both
+@each
 @bits_6_8
 def test_the_layer_agrees_with_the_reference_and_with_the_canonical_op(backend, activation_bits):
     precision = LayerPrecision(6, activation_bits)
@@ -373,7 +373,7 @@ def test_any_device_index(backend, tokens):
 
 
 @gpu
-@both
+@each
 @bits_6_8
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 32, 33, 64, 129, 300])
 def test_large_layers_agree_with_the_reference(backend, activation_bits, tokens):
@@ -438,7 +438,7 @@ def test_a_block_of_several_tiles_computes_what_blocks_of_one_do(dtype, outputs)
 
 
 @gpu
-@both
+@each
 @pytest.mark.parametrize(("outputs", "groups"), [(1, 1), (32, 3), (45, 2), (257, 40)])
 def test_repacked_weights_are_read_back_bit_for_bit(backend, outputs, groups):
     codes = torch.randint(-32, 32, (outputs, groups * 128), dtype=torch.int8)
@@ -484,7 +484,7 @@ def test_weights_and_scales_that_do_not_fit_each_other_are_not_repacked(changes,
 
 
 @gpu
-@both
+@each
 def test_a_gpu_holds_weights_once_and_the_state_dict_is_canonical(backend):
     layer = FlexQLinear.from_linear(torch.nn.Linear(1024, 512, bias=False), backend=backend)
     stored = {name: tensor.clone() for name, tensor in layer.state_dict().items()}

@@ -1000,12 +1000,27 @@ def test_tokens_are_claimed_to_be_the_eager_models():
     assert text not in [claim for claim, _, _ in claims(on_a_gpu())]
 
 
+def test_captured_tokens_must_be_the_eager_models_where_those_repeat():
+    eager, other = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, 4]])
+    whole = torch.tensor([[1, 2, 3, 9]])
+    assert e2e.tokens_as_eager(whole, [eager, eager], exact=True) == (3, "token", "of 3")
+    assert e2e.tokens_as_eager(whole, [other, other], exact=False) == (2, "token", "of 3")  # compiled
+    with pytest.raises(RuntimeError, match="differ from the eager model's from token 2 on"):
+        e2e.tokens_as_eager(whole, [other, other], exact=True)
+    unsteady = "of 3; the eager model's own differ"
+    assert e2e.tokens_as_eager(whole, [other, eager], exact=True) == (3, "token", unsteady)
+    two = torch.cat([whole, whole.flip(1)])  # sequences: the first that differs ends it for all
+    assert e2e.tokens_as_eager(two, [two[:, :3] + torch.tensor([[0], [1]])] * 2, exact=False).value == 0
+
+
 def test_fp16_is_no_straw_man():
     text = "llama-13b: FP16 takes at most 1.36 × as long for a token as its bytes"
     for limit_ms, holds in ((5.9, True), (5.8, False)):
         found = claims(on_a_gpu().assign(limit_ms=limit_ms), "llama-13b")
         assert (text, holds, f"8 ms a token, its bytes take {limit_ms} ms, {8 / limit_ms:.2f} ×") in found
     assert text not in [claim for claim, _, _ in claims(on_a_gpu(fp16=None).assign(limit_ms=6.0), "llama-13b")]
+    one_token = on_a_gpu().assign(limit_ms=6.0, tpot_ms=float("nan"))
+    assert (text, None, "outputs of one token have no decode step") in claims(one_token, "llama-13b")
 
 
 @pytest.mark.parametrize(

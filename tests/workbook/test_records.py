@@ -53,6 +53,17 @@ def test_what_is_on_record_is_not_computed_again(tmp_path):
     assert again["perplexity"].value == 8.5
 
 
+def test_records_of_older_source_are_dropped_while_nobody_else_writes(tmp_path, monkeypatch):
+    mine = Records("study", tmp_path)
+    mine.once(**CASE, compute=value(1.0))
+    monkeypatch.setattr(records_module, "source_digest", lambda *_: "newer")
+    mine.once(**CASE | {"method": "w6a6"}, compute=value(2.0))
+    held = []
+    monkeypatch.setattr(records_module.fcntl, "flock", lambda *_: held.append(len(read_jsonl(mine.path))))
+    mine.drop_old()
+    assert held == [2] and [record.value for record in read_jsonl(mine.path)] == [2.0]
+
+
 @settings(max_examples=30)
 @given(cases, cases)
 def test_only_the_same_inputs_are_the_same_record(one, other):

@@ -18,7 +18,7 @@ from flexq_core.studies.e2e.decode import COMPILE_MODES
 from flexq_core.studies.e2e.parallel import ParallelStudy
 from flexq_core.studies.e2e_compared import plot_latency, plot_memory, plot_step, published_note
 from flexq_core.workbook.machine import outputs_of
-from flexq_core.workbook.records import Records, current, read_jsonl, write_jsonl
+from flexq_core.workbook.records import Records
 from flexq_core.workbook.run import Run, print_claims
 
 STUDY = "04_e2e"
@@ -78,8 +78,7 @@ def _measure(arguments: list[str] | None, device: str) -> int:
             study = studies.pop(0)  # so that what it computes goes with it
             table = study.table()
             if folder and processes.is_first():
-                path = run.records.path
-                write_jsonl(path, current(read_jsonl(path)))
+                run.records.drop_old()
                 _draw(run, study, table)
             print(f"batch {study.batch_size}, {study.prompt_tokens} prompt tokens")
             print(table.T.to_string(float_format=lambda value: f"{value:.4g}"))
