@@ -1,8 +1,9 @@
 """Records: every figure the workbook shows, as JSON Lines, computed once for the same inputs.
 
 A record is {study, model, method, metric, value, unit, parameters, seed, status, reason, key, git_commit, dirty,
-versions, device, driver, time}. Its key is the digest of what decides its value: study, model, method, parameters, seed, and
-the source of everything that computes. A change of the arithmetic, of the study or of a parameter computes anew.
+versions, device, driver, time}. Its key is the digest of what decides its value: study, model, method, parameters, seed, the
+source of everything that computes, and the releases of torch, transformers and the driver that ran it. A change of any of
+them computes anew.
 
 The file is replaced as a whole (temporary file, fsync, rename) under a lock, so that a run killed at any moment leaves
 either the old records or the new ones.
@@ -137,10 +138,10 @@ class Records:
 
     def _facts(self, model: str, method: str, parameters: Mapping[str, Any], seed: int) -> dict[str, Any]:
         inputs = {"study": self.study, "model": model, "method": method, "parameters": dict(parameters), "seed": seed}
-        machine = provenance(self.device)
-        key = _key(inputs, source_digest(self.study, _card(machine["device"], machine["driver"])))
+        facts = inputs | provenance(self.device)
+        key = _key(facts, source_digest(self.study, _card(facts)))
         self._seen.add(key)
-        return {**inputs, "key": key, **machine}
+        return facts | {"key": key}
 
     def _measured(self, facts: dict[str, Any], measured: Mapping[str, Measurement]) -> dict[str, Record]:
         fresh = [
@@ -177,25 +178,38 @@ class Records:
 
 
 def current(records: Iterable[Record]) -> list[Record]:
-    """Those that this source would compute: nothing that decides their values has changed since."""
+    """Those that this source would compute where they were computed: nothing that decides their values has changed since."""
     source = functools.cache(source_digest)  # to read it all takes longer than a record
-
-    def key(record: Record) -> str:
-        inputs = {name: getattr(record, name) for name in _INPUTS}
-        return _key(inputs, source(record.study, _card(record.device, record.driver)))
-
-    return [record for record in records if record.key == key(record)]
+    return [
+        record
+        for record in records
+        if record.key
+        == _key(facts := {name: getattr(record, name) for name in _DECIDING}, source(record.study, _card(facts)))
+    ]
 
 
 _INPUTS = ("study", "model", "method", "parameters", "seed")
+_DECIDING = (*_INPUTS, "device", "driver", "versions")
+_LIBRARIES = ("torch", "transformers")
 
 
-def _key(inputs: Mapping[str, Any], source: str) -> str:
+def _key(facts: Mapping[str, Any], source: str) -> str:
+    """Of a record's facts, _DECIDING among them, and the source's digest; where the machine counts, parameters name it."""
+    releases = {"driver": facts["driver"]} | {name: facts["versions"].get(name) for name in _LIBRARIES}
     try:
-        canonical = json.dumps({**inputs, "source": source}, sort_keys=True, allow_nan=False)
+        canonical = json.dumps(
+            {name: facts[name] for name in _INPUTS} | {"releases": releases, "source": source},
+            sort_keys=True,
+            allow_nan=False,
+        )
     except (TypeError, ValueError) as error:
         raise RecordError(f"parameters must be plain finite JSON values: {error}") from error
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _card(facts: Mapping[str, Any]) -> str:
+    """The name of the GPU that a record is of, empty for a processor."""
+    return facts["device"] if facts["driver"] else ""
 
 
 _parsed: dict[Path, tuple[tuple[int, ...], list[Record]]] = {}
@@ -262,11 +276,6 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _card(device: str, driver: str | None) -> str:
-    """The name of the GPU that a record is of, empty for a processor."""
-    return device if driver else ""
 
 
 def source_digest(study: str, card: str = "") -> str:

@@ -117,6 +117,17 @@ def test_a_change_of_what_computes_computes_anew(tmp_path, monkeypatch, changed,
     assert {card for card, digest in before.items() if source_digest("02_accuracy", card) != digest} == anew
 
 
+@pytest.mark.parametrize(("library", "anew"), [("torch", True), ("transformers", True), ("numpy", False)])
+def test_another_release_computes_anew_and_leaves_what_the_one_before_computed(tmp_path, monkeypatch, library, anew):
+    mine, machine = Records("study", tmp_path), records_module.provenance("cpu")
+    mine.once(**CASE, compute=value(1.0))
+    newer = machine | {"versions": machine["versions"] | {library: "99"}}
+    monkeypatch.setattr(records_module, "provenance", lambda _: newer)
+    assert mine.once(**CASE, compute=value(2.0))["perplexity"].value == (2.0 if anew else 1.0)
+    mine.drop_old()
+    assert len(read_jsonl(mine.path)) == (2 if anew else 1)
+
+
 @pytest.mark.parametrize("study", ["01_sensitivity", "02_accuracy", "03_kernels", "04_e2e"])
 def test_what_auto_takes_on_a_card_decides_its_studies_but_the_one_that_finds_it_out(tmp_path, monkeypatch, study):
     table = tmp_path / "flexq_core" / "runtime" / auto.PATH.name
