@@ -180,12 +180,12 @@ class Records:
 def current(records: Iterable[Record]) -> list[Record]:
     """Those that this source would compute where they were computed: nothing that decides their values has changed since."""
     source = functools.cache(source_digest)  # to read it all takes longer than a record
-    return [
-        record
-        for record in records
-        if record.key
-        == _key(facts := {name: getattr(record, name) for name in _DECIDING}, source(record.study, _card(facts)))
-    ]
+
+    def key(record: Record) -> str:
+        facts = {name: getattr(record, name) for name in _DECIDING}
+        return _key(facts, source(record.study, _card(facts)))
+
+    return [record for record in records if record.key == key(record)]
 
 
 _INPUTS = ("study", "model", "method", "parameters", "seed")

@@ -45,11 +45,17 @@ def returns_every_code_bit_for_bit(linear, tokens, activation_bits, weight_bits=
 
 def gives_integers_for_integers(linear, tokens, activation_bits=8, weight_bits=6):
     codes, scales, exponents = exact_layer(70, 512, weight_bits)
-    generator, top = torch.Generator().manual_seed(1), 2 ** (activation_bits - 1) - 1
-    x = torch.randint(-top, top + 1, (tokens, 512), generator=generator).float()
-    x[:, ::128] = top  # so that every group's scale is one
+    x = integers(tokens, 512, activation_bits)
     y = linear(x, pack_codes(codes, weight_bits), scales, exponents, None, activation_bits)
     assert torch.equal(y.double(), x.double() @ codes.double().T / 4)
+
+
+def integers(tokens, features, activation_bits):
+    """[tokens, features] float32, their own codes: every group has the largest of them, so that its scale is one."""
+    generator, top = torch.Generator().manual_seed(1), 2 ** (activation_bits - 1) - 1
+    x = torch.randint(-top, top + 1, (tokens, features), generator=generator).float()
+    x[:, ::128] = top
+    return x
 
 
 def integers_and_bias(tokens, features, outputs, device="cpu"):
@@ -58,9 +64,7 @@ def integers_and_bias(tokens, features, outputs, device="cpu"):
     Sums are integers times powers of two, exact in float32: adding the bias, of whatever type, rounds once.
     """
     codes, scales, _ = exact_layer(outputs, features)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randint(-127, 128, (tokens, features), generator=generator).float()
-    x[:, ::128] = 127  # so that every group's scale is one
+    x, generator = integers(tokens, features, 8), torch.Generator().manual_seed(2)
     exponents = torch.randint(-6, 1, (outputs,), generator=generator, dtype=torch.int8)
     bias = torch.randn(outputs, generator=generator) * 100
     x, codes, scales, exponents, bias = (each.to(device) for each in (x, codes, scales, exponents, bias))

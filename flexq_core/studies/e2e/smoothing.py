@@ -29,20 +29,19 @@ class Ranges:
 
     def watch_(self, module: nn.Module, prefix: str = "") -> None:
         """Note, from now on, what passes through a model, or a block whose name in its model is the prefix."""
-        normed: list[
-            tuple[str, Tensor]
-        ] = []  # the norm that ran last; its output is kept, so that its address is its own
+        # The norm that ran last, and its output, which is kept so that its address is its own.
+        normed: tuple[str, Tensor] | None = None
 
         def after_norm(name: str, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-            normed[:] = [(name, output)]
+            nonlocal normed
+            normed = name, output
 
         def before_linear(name: str, _module: nn.Module, inputs: tuple[Tensor]) -> None:
             (x,) = inputs
             largest = x.abs().flatten(0, -2).amax(0).float()
             self.largest[name] = torch.maximum(self.largest.get(name, largest), largest)
-            for norm, output in normed:
-                if output.data_ptr() == x.data_ptr():
-                    self.norm_of[name] = norm
+            if normed and normed[1].data_ptr() == x.data_ptr():
+                self.norm_of[name] = normed[0]
 
         for name, part in module.named_modules():
             if is_norm(part):
