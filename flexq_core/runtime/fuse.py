@@ -43,6 +43,11 @@ def fuse_(model: nn.Module) -> nn.Module:
         if kind is None:
             fused += isinstance(module, _Fused)
             continue
+        if any("forward" in vars(part) for part in module.modules()):
+            left[
+                f"{type(module).__name__}: its forward is replaced, as accelerate does to spread or offload a model"
+            ] += 1
+            continue
         try:
             kind.merge_(module)
         except ValueError as reason:
@@ -84,11 +89,11 @@ class _Fused(nn.Module):
     """What fused blocks share.
 
     chain: the blocks of the model, in a list that is no submodule.  ahead: what the block before has handed on: the hidden
-    states that it returned, and their norm quantised for this block.
+    states that it returned, their edits until then, and their norm quantised for this block.
     """
 
     chain: Sequence[_Fused] = ()
-    ahead: tuple[Tensor, Tensor] | None = None
+    ahead: tuple[Tensor, int, Tensor] | None = None
 
     @staticmethod
     def merge_(block: Any) -> None:
@@ -103,19 +108,19 @@ class _Fused(nn.Module):
         """What the first layer makes of the normalised hidden states."""
         norm, linear = self.first()
         ahead, self.ahead = self.ahead, None
-        if ahead is not None and ahead[0] is hidden_states:
-            return linear.forward_quantized(ahead[1], hidden_states.shape[:-1], hidden_states.dtype)
+        if ahead is not None and ahead[0] is hidden_states and ahead[1] == _edits(hidden_states):
+            return linear.forward_quantized(ahead[2], hidden_states.shape[:-1], hidden_states.dtype)
         return _norm_linear(norm, linear, hidden_states)[0]
 
     def _end(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + x, and its norm handed on to the block that comes next."""
         index = self.self_attn.layer_idx + 1
-        if index < len(self.chain):
+        if index < len(self.chain) and _edits_show(self, self.chain[index]):
             norm, linear = self.chain[index].first()
             reader = _reader(linear, x, norm.weight)
             if reader is not None:
                 records, h = _norm_quantize(norm, reader, x, residual)
-                self.chain[index].ahead = h, records
+                self.chain[index].ahead = h, _edits(h), records
                 return h
         return residual + x
 
@@ -188,6 +193,21 @@ def _fused_class(block: type, kind: type[_Fused]) -> type:
     return type(f"Fused{block.__name__}", (kind, block), {})
 
 
+def _edits_show(block: nn.Module, following: nn.Module) -> bool:
+    """Whether it shows when hidden states are edited in place between two blocks, so that none edited are taken for the old.
+
+    `_edits` counts edits, but nothing does in inference mode, while torch traces, or where a hook edits `.data`.
+    """
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        return False
+    return not (block._forward_hooks or following._forward_pre_hooks or nn.modules.module._has_any_global_hook())
+
+
+def _edits(x: Tensor) -> int:
+    """How often x was edited in place; not known while torch traces, where `_edits_show` has ruled out hooks."""
+    return 0 if torch.compiler.is_compiling() else x._version
+
+
 def _norm_linear(
     norm: nn.Module, linear: nn.Module, x: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -235,12 +255,15 @@ def _activated(activation: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
 def _reader(linear: nn.Module, x: Tensor, *norm: Tensor | None) -> activations.Reader | None:
     """For whom x's operation is to quantise, or None where it cannot, or need not, be fused.
 
-    norm: the weight of the norm that is the operation; the kernels want it there, of x's type, and not too wide.
+    norm: the weight of the norm that is the operation; the kernels want it there, of x's type, on its device, and not too wide.
     """
     if not isinstance(linear, FlexQLinear):
         return None
-    if any(weight is None or weight.dtype != x.dtype or len(weight) > cuda.MOST_NORM_FEATURES for weight in norm):
-        return None
+    for weight in norm:
+        if weight is None or len(weight) > cuda.MOST_NORM_FEATURES:
+            return None
+        if (weight.dtype, weight.device) != (x.dtype, x.device):
+            return None
     return linear.reader()
 
 

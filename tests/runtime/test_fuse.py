@@ -6,7 +6,10 @@ import warnings
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from safetensors.torch import load_file
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from flexq_core.quant import LayerPrecision, PrecisionPlan
 from flexq_core.quant.layers import linear_layers
@@ -130,11 +133,99 @@ def test_blocks_hand_their_sum_on_quantised(architecture, monkeypatch):
     assert torch.equal(logits(model), first)
 
 
+def test_blocks_hand_their_sum_on_when_compiled():
+    graphs = []
+    torch.compiler.reset()
+    logits(
+        torch.compile(fused(quantised("llama")), fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    )
+    norms = [node for node in graphs[0].graph.nodes if "norm_quantize" in str(node.target)]
+    assert [node.args[1] is not None for node in norms] == [False, True, True, True]
+
+
 def test_hidden_states_that_a_hook_changes_are_normalised_anew():
     model = quantised("llama")
     made = fused(model)
     for each in (model, made):
         each.model.layers[0].register_forward_hook(lambda module, given, out: out * 2)
+    assert torch.equal(logits(made), logits(model))
+
+
+def add_one(hidden_states):
+    hidden_states.add_(1)
+
+
+def add_one_to_data(hidden_states):
+    hidden_states.data.add_(1)  # which torch does not count as an edit
+
+
+def after_a_block(model, edit):
+    return model.model.layers[0].register_forward_hook(lambda module, given, out: edit(out))
+
+
+def before_a_block(model, edit):
+    return model.model.layers[1].register_forward_pre_hook(lambda module, given: edit(given[0]))
+
+
+def after_any_module(model, edit):
+    def hook(module, given, out):
+        if isinstance(module, LlamaDecoderLayer) and module.self_attn.layer_idx == 0:
+            edit(out)
+
+    return nn.modules.module.register_module_forward_hook(hook)
+
+
+@pytest.mark.parametrize("edit", [add_one, add_one_to_data])
+@pytest.mark.parametrize("register", [after_a_block, before_a_block, after_any_module])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_hidden_states_that_a_hook_edits_in_place_are_normalised_anew(mode, register, edit):
+    """Whether the hook came before fusion or after it, and not for ever."""
+    ids, model = torch.randint(3, 96, (1, 6)), quantised("llama")
+    made = fused(model)
+    with mode():
+        plain = model(ids).logits
+        with register(model, edit):
+            expected, early = model(ids).logits, fused(model)(ids).logits
+        with register(made, edit):
+            late = made(ids).logits
+        assert not torch.equal(expected, plain)
+        assert torch.equal(early, expected) and torch.equal(late, expected) and torch.equal(made(ids).logits, plain)
+
+
+@pytest.mark.parametrize("register", [after_a_block, before_a_block])
+def test_a_hook_that_edits_in_place_is_compiled(register):
+    ids, model = torch.randint(3, 96, (1, 6)), quantised("llama")
+    made = fused(model)
+    with torch.no_grad():
+        with register(model, add_one):
+            expected = model(ids, use_cache=False).logits
+        with register(made, add_one):
+            torch.compiler.reset()
+            found = torch.compile(made, fullgraph=True, backend="aot_eager")(ids, use_cache=False).logits
+    assert (found - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_hidden_states_edited_in_place_between_blocks_called_by_hand(mode):
+    model, h = quantised("llama"), torch.randn(1, 5, 64)
+    embeddings = model.model.rotary_emb(h, torch.arange(5)[None])
+
+    def steered(blocks):
+        out = h
+        for block in blocks:
+            out = block(out, position_embeddings=embeddings)
+            out += 1
+        return out
+
+    with mode():
+        assert torch.equal(steered(fused(model).model.layers), steered(model.model.layers))
+
+
+def test_the_next_block_may_lie_on_another_device():
+    model = quantised("llama")
+    made = fused(model)
+    made.model.layers[1].to("meta")
+    model.config.num_hidden_layers = made.config.num_hidden_layers = 1
     assert torch.equal(logits(made), logits(model))
 
 
@@ -218,6 +309,14 @@ def test_opt_with_norms_after_is_left_alone():
     config.do_layer_norm_before = False
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     left_alone(quantize_model(model, "flexq", backend="reference"), "its norms come after attention and MLP")
+
+
+def test_a_block_whose_forward_is_replaced_is_left_alone():
+    """As accelerate replaces it where a device map spreads a model: a subclass's forward would never run."""
+    model = quantised("llama")
+    for block in model.model.layers:
+        add_hook_to_module(block, ModelHook())
+    left_alone(model, "its forward is replaced")
 
 
 def test_norms_in_another_type_are_not_fused():
