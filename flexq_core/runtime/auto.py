@@ -31,23 +31,33 @@ def choice(card: str, tokens: int, outputs: int, features: int) -> str:
 
 
 def wgmma_from(card: str, outputs: int, features: int) -> int:
-    """The least number of tokens for which `auto` takes `wgmma`: as the nearest layer timed on this card has it.
+    """The least number of tokens for which `auto` takes `wgmma`: as the nearest layer of the card's rows has it.
 
-    card: the name of a Hopper GPU; where it has no rows, the card with the most words of its name stands for it: all in the
-    table are of that architecture.  Nearest: by the ratios of outputs and of features.
+    card: the name of a Hopper GPU.  Nearest: by the ratios of outputs and of features.
     """
 
     def distance(row: dict[str, Any]) -> float:
         return abs(math.log(row["outputs"] / outputs)) + abs(math.log(row["features"] / features))
 
+    rows = rows_for(card)
+    if not rows:
+        return UNMEASURED_FROM
+    found = min(rows, key=distance)["wgmma_from"]
+    return UNDECIDED_FROM if found is None else found
+
+
+def rows_for(card: str) -> list[dict[str, Any]]:
+    """The rows that decide what `auto` takes on a card; none where the table is empty.
+
+    card: the name of a GPU; where it has no rows, the card with the most words of its name stands for it: all in the table are
+    Hopper's, and on no other GPU is the table asked.
+    """
+
     def likeness(name: str) -> tuple[bool, int]:
         return name == card, len(set(name.split()) & set(card.split()))
 
-    if not table():
-        return UNMEASURED_FROM
-    nearest = max((row["card"] for row in table()), key=likeness)
-    found = min((row for row in table() if row["card"] == nearest), key=distance)["wgmma_from"]
-    return UNDECIDED_FROM if found is None else found
+    nearest = max((row["card"] for row in table()), key=likeness, default=None)
+    return [row for row in table() if row["card"] == nearest]
 
 
 @cache

@@ -282,10 +282,12 @@ def source_digest(study: str, card: str = "") -> str:
     """Digest of the code that decides a study's numbers: the arithmetic, the sources and the study itself.
 
     card: the GPU's name, empty for a processor, of which kernels and what calls them count alone. What `auto` takes on a card
-    decides the numbers of every study that runs models there, so that the card's rows of runtime/auto.json count; 03_kernels
+    decides the numbers of every study that runs models there, so that the rows that it asks count (runtime/auto.py); 03_kernels
     names each backend, and finds the rows out. The demo models' weights are left out: a model's fingerprint is among a study's
     parameters.
     """
+    from flexq_core.runtime import auto
+
     core = paths.ROOT / "flexq_core"
     stem = study.split("_", 1)[-1]
     kind, other = ("cuda", "cpu") if card else ("cpu", "cuda")
@@ -306,9 +308,7 @@ def source_digest(study: str, card: str = "") -> str:
     for file in sorted(files):
         digest.update(str(file.relative_to(paths.ROOT)).encode() + b"\0" + file.read_bytes())
     if card and stem != "kernels":
-        for table in (core / "runtime").glob("auto.json"):
-            rows = [row for row in json.loads(table.read_text(encoding="utf-8")) if row["card"] == card]
-            digest.update(json.dumps(rows, sort_keys=True).encode())
+        digest.update(json.dumps(auto.rows_for(card), sort_keys=True).encode())
     return digest.hexdigest()
 
 

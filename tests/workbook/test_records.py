@@ -130,15 +130,19 @@ def test_another_release_computes_anew_and_leaves_what_the_one_before_computed(t
 
 @pytest.mark.parametrize("study", ["01_sensitivity", "02_accuracy", "03_kernels", "04_e2e"])
 def test_what_auto_takes_on_a_card_decides_its_studies_but_the_one_that_finds_it_out(tmp_path, monkeypatch, study):
-    table = tmp_path / "flexq_core" / "runtime" / auto.PATH.name
-    table.parent.mkdir(parents=True)
-    monkeypatch.setattr(paths, "ROOT", tmp_path)
-    monkeypatch.setattr(paths, "KERNELS", tmp_path / "kernels")
-    table.write_text("[]")
-    before = {card: source_digest(study, card) for card in (CPU, GPU, "NVIDIA H200")}
-    table.write_text('[{"card": "NVIDIA H100", "outputs": 4096}]')
-    changed = {card for card, digest in before.items() if source_digest(study, card) != digest}
-    assert changed == ({GPU} if study != "03_kernels" else set())
+    """And those of a card without rows, for which the one most like it stands."""
+    monkeypatch.setattr(auto, "PATH", tmp_path / "auto.json")
+
+    def digests(wgmma_from):
+        rows = [{"card": GPU, "wgmma_from": 65}, {"card": "NVIDIA H200", "wgmma_from": wgmma_from}]
+        auto.PATH.write_text(json.dumps(rows))
+        auto.table.cache_clear()
+        return {card: source_digest(study, card) for card in (CPU, GPU, "NVIDIA H200", "NVIDIA H200 NVL")}
+
+    before, after = digests(65), digests(33)
+    auto.table.cache_clear()
+    changed = {card for card in before if before[card] != after[card]}
+    assert changed == ({"NVIDIA H200", "NVIDIA H200 NVL"} if study != "03_kernels" else set())
 
 
 @settings(max_examples=50)
