@@ -43,16 +43,7 @@ from flexq_core.studies.kernels_compared import mean_speedups, wgmma_wins
 from flexq_core.studies.parameters import counts, names, require_at_least, require_between
 from flexq_core.workbook import gpu_tables
 from flexq_core.workbook.machine import outputs_of, preemptions, provenance
-from flexq_core.workbook.records import (
-    Measurement,
-    Records,
-    Skipped,
-    current,
-    load_records,
-    read_jsonl,
-    write_atomically,
-    write_jsonl,
-)
+from flexq_core.workbook.records import Measurement, Records, Skipped, load_records, write_atomically
 from flexq_core.workbook.run import Run, print_claims
 
 Shape = tuple[int, int]
@@ -613,8 +604,7 @@ def main(arguments: list[str] | None = None) -> int:
         if studies[0].combinations:
             _show(studies[0].combination_table())
         if kept:
-            path = run.records.path
-            write_jsonl(path, current(read_jsonl(path)))
+            run.records.drop_old()
     return 0
 
 
