@@ -20,7 +20,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ from flexq_core.studies.kernels_claims import ERROR_BOUNDS, FLEXQ_ERROR_BOUND, c
 from flexq_core.studies.kernels_combinations import read_combinations
 from flexq_core.studies.kernels_compared import mean_speedups, wgmma_wins
 from flexq_core.studies.parameters import counts, names, require_at_least, require_between
+from flexq_core.studies.timing import LEAST_CALLS, best_s, cold_bytes, cpu_times_us, machine_limits, warm_up
 from flexq_core.workbook import gpu_tables
 from flexq_core.workbook.machine import outputs_of, preemptions, provenance
 from flexq_core.workbook.records import Measurement, Records, Skipped, load_records, write_atomically
@@ -65,10 +65,7 @@ DEFAULT_METHODS = {
 
 # x86 is left out: it packs for one of the other two, as it sees fit.
 _INT8_ENGINES = ("onednn", "fbgemm", "qnnpack")
-_WARM_UP_S = 0.3
 _UNTIMED_CALLS = 3
-_BUDGET_S = 3.0  # a slow method is timed fewer than `repeats` times, but at least
-_LEAST_CALLS = 5
 
 
 class KernelStudy:
@@ -104,7 +101,7 @@ class KernelStudy:
         usual = ",".join(DEFAULT_METHODS["cuda" if self.on_gpu else "cpu"])
         asked = names(usual if methods == "default" else methods, METHODS, "method")
         require_between(0, os.cpu_count() or 1, threads=threads)
-        require_at_least(_LEAST_CALLS, repeats=repeats)
+        require_at_least(LEAST_CALLS, repeats=repeats)
         require_at_least(0, seed=seed)
         fastest = [ops.resolve_backend("auto", run.device)] if "auto" in asked else []
         if fastest == ["auto"]:  # it depends on the shape, so what it chooses from is timed
@@ -120,13 +117,9 @@ class KernelStudy:
         return provenance(self.run.device)["device"] if self.on_gpu else ""
 
     def machine(self) -> dict[str, float]:
-        """What this machine can do, measured: read_bandwidth_gbps, int8_rate_gops, fp32_rate_gops; on a GPU
-        copy_bandwidth_gbps, which counts reads and writes, in place of the last."""
+        """What this machine can do with so many threads; see `machine_limits`."""
         with _torch_settings(self.threads):
-            records = self.run.records.once(
-                model="machine", method="limits", seed=0, parameters=self._machine_inputs(), compute=self._rates
-            )
-        return {metric: record.value for metric, record in records.items()}
+            return machine_limits(self.run)
 
     def cases(self) -> list[tuple[Shape, str, int]]:
         """(shape, method, tokens) in the order they are timed: a shape's layers are made once a method."""
@@ -235,34 +228,6 @@ class KernelStudy:
     def _machine_inputs(self) -> dict[str, Any]:
         return {"device": provenance(self.run.device)["device"], "threads": self.threads}
 
-    def _rates(self) -> dict[str, Measurement]:
-        device = torch.device(self.run.device)
-        size = 8192 if self.on_gpu else 2048
-        codes = torch.randint(-127, 128, (size, size), device=device, dtype=torch.int8)
-        buffer = torch.ones((2**32 if self.on_gpu else max(_cold_bytes(), 2**30)) // 4, device=device)
-        products = 2 * size**3 / 1e9
-        if self.on_gpu:
-            target, size_gb = torch.empty_like(buffer.uniform_()), buffer.numel() * 4 / 1e9
-            # Neither torch's copy nor its elementwise kernel is sure to be the faster.
-            copy_s = min(
-                _best_s(lambda: target.copy_(buffer), device), _best_s(lambda: torch.neg(buffer, out=target), device)
-            )
-            int8_s = _best_s(lambda: torch._int_mm(codes, codes.T), device)
-            return {
-                "read_bandwidth_gbps": Measurement(size_gb / _best_s(buffer.sum, device), "GB/s"),
-                "copy_bandwidth_gbps": Measurement(2 * size_gb / copy_s, "GB/s", "reads and writes"),
-                "int8_rate_gops": Measurement(products / int8_s, "GOP/s"),
-            }
-        floats = torch.randn(size, size, device=device)
-        flexq = FlexQLinear.from_linear(nn.Linear(size, size, bias=False, device=device))
-        # No library is sure to reach the processor's rate with INT8, so the fastest product found here stands for it.
-        int8_s = min(_best_s(lambda: torch._int_mm(codes, codes.T), device), _best_s(lambda: flexq(floats), device))
-        return {
-            "read_bandwidth_gbps": Measurement(buffer.numel() * 4 / 1e9 / _best_s(buffer.sum, device), "GB/s"),
-            "int8_rate_gops": Measurement(products / int8_s, "GOP/s"),
-            "fp32_rate_gops": Measurement(products / _best_s(lambda: floats @ floats, device), "GOP/s"),
-        }
-
     def _time(self, shape: Shape, method: str, tokens: int) -> dict[str, Measurement]:
         if self._layers is None or (self._layers.shape, self._layers.method) != (shape, method):
             self._layers = None  # before others are made: both need not fit
@@ -318,11 +283,11 @@ class _ColdLayers:
         """The copies, and the engine they run on: of several the one that is fastest on x while its weights are warm."""
         engine = next(iter(self._made))
         if len(self._made) > 1:
-            engine = min(self._made, key=lambda name: _best_s(lambda: self._made[name][0](x), self.device, calls=20))
+            engine = min(self._made, key=lambda name: best_s(lambda: self._made[name][0](x), self.device, calls=20))
             torch.backends.quantized.engine = engine  # a copy is packed anew
         layers = self._made[engine]
         size = math.prod(self.shape) * _TORCH_BITS.get(self.method, BITS_PER_WEIGHT) / 8
-        copies = 1 + math.ceil(_cold_bytes() / size)
+        copies = 1 + math.ceil(cold_bytes() / size)
         layers.extend(copy.deepcopy(layers[0]) for _ in range(copies - len(layers)))
         return layers, engine
 
@@ -462,62 +427,12 @@ def _times_us(layers: list[Callable[[Tensor], Tensor]], x: Tensor, repeats: int)
 
     Also how often the system took a processor from this process meanwhile: on a quiet machine hardly ever.
     """
-    _warm_up(x.device)
+    warm_up(x.device)
     for layer in layers[-_UNTIMED_CALLS:]:
         layer(x)
     before = preemptions()
-    times = _cpu_times_us(layers, x, repeats)
+    times = cpu_times_us(layers, x, repeats)
     return times, preemptions() - before
-
-
-def _cpu_times_us(layers: list[Callable[[Tensor], Tensor]], x: Tensor, repeats: int) -> Tensor:
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < _LEAST_CALLS or (len(times) < repeats and time.perf_counter() - begin < _BUDGET_S):
-        layer = layers[len(times) % len(layers)]
-        start = time.perf_counter()
-        layer(x)
-        times.append((time.perf_counter() - start) * 1e6)
-    return torch.tensor(times, dtype=torch.float64)
-
-
-def _cuda_times_us(layers: list[Callable[[Tensor], Tensor]], x: Tensor, repeats: int) -> Tensor:
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    torch.cuda.synchronize()
-    torch.cuda._sleep(20_000_000)  # about 10 ms, in which calls queue up: what is timed is the GPU, not the launches
-    for index, (start, end) in enumerate(events):
-        start.record()
-        layers[index % len(layers)](x)
-        end.record()
-    torch.cuda.synchronize()
-    return torch.tensor([start.elapsed_time(end) * 1e3 for start, end in events], dtype=torch.float64)
-
-
-def _warm_up(device: torch.device) -> None:
-    """Keep every thread busy for a while, the same before every method.
-
-    On a virtual machine of two processors the threads of the first short parallel calls may stay packed on one of them for a
-    whole second (8 ms a call in place of 2): whichever method came first would pay for it. On a GPU it raises the clocks.
-    """
-    a = torch.randn(512, 512, device=device)
-    end = time.perf_counter() + _WARM_UP_S
-    while time.perf_counter() < end:
-        (a @ a).sum().item()  # .item() waits for a GPU
-
-
-def _best_s(call: Callable[[], Any], device: torch.device, *, calls: int = 6) -> float:
-    """The shortest of several calls, in seconds, after a warm-up: a rate that the machine has been seen to reach."""
-    _warm_up(device)
-    call()
-    timed = _cuda_times_us if device.type == "cuda" else _cpu_times_us
-    return timed([lambda _: call()], torch.empty(0), calls).min().item() / 1e6
-
-
-def _cold_bytes() -> int:
-    """Twice the size of the processor's last cache, at least 64 MiB: what is read between two uses of the same weights."""
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    cache = max((int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]] for size in sizes), default=0)
-    return max(2 * cache, 64 * 2**20)
 
 
 @contextmanager

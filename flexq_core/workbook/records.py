@@ -291,17 +291,16 @@ def source_digest(study: str, card: str = "") -> str:
     core = paths.ROOT / "flexq_core"
     stem = study.split("_", 1)[-1]
     kind, other = ("cuda", "cpu") if card else ("cpu", "cuda")
+    beside = [f"{stem}_scales", f"{stem}_agreement", "baselines"]
+    beside += [f"{stem}_gpu"] if card else []
+    beside += ["timing"] if stem in ("kernels", "e2e") else []
     files = [
         *(core / "quant").glob("*.py"),
         *(core / "files").glob("*.py"),
         *(path for path in (core / "runtime").glob("*.py") if path.stem != other),
         *(core / "sources").rglob("*.py"),
         *(path for path in (paths.KERNELS / kind).rglob("*") if path.is_file()),
-        *(
-            path
-            for name in (stem, *([f"{stem}_gpu"] if card else []), f"{stem}_scales", f"{stem}_agreement", "baselines")
-            if (path := core / "studies" / f"{name}.py").is_file()
-        ),
+        *(path for name in (stem, *beside) if (path := core / "studies" / f"{name}.py").is_file()),
         *(core / "studies" / stem).rglob("*.py"),
     ]
     digest = hashlib.sha256()

@@ -11,7 +11,7 @@ import torch
 
 from flexq_core.runtime import cpu
 from flexq_core.sources import paper
-from flexq_core.studies import kernels, kernels_claims, kernels_combinations, kernels_compared, kernels_gpu
+from flexq_core.studies import kernels, kernels_claims, kernels_combinations, kernels_compared, kernels_gpu, timing
 from flexq_core.studies.kernels import KernelStudy, claims, limits_us, read_shapes
 from flexq_core.studies.kernels_compared import speedups
 from flexq_core.workbook import figures
@@ -37,10 +37,10 @@ def run(tmp_path):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """No test depends on a time, so none is spent on making times good."""
-    monkeypatch.setattr(kernels, "_WARM_UP_S", 0.0)
-    monkeypatch.setattr(kernels, "_cold_bytes", lambda: 2**16)
+    monkeypatch.setattr(timing, "_WARM_UP_S", 0.0)
+    monkeypatch.setattr(kernels, "cold_bytes", lambda: 2**16)
     rates = {metric: Measurement(value, "1") for metric, value in MACHINE.items()}
-    monkeypatch.setattr(KernelStudy, "_rates", lambda self: rates)
+    monkeypatch.setattr(timing, "_measured_limits", lambda device: rates)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_every_case_is_a_row_and_its_records(run):
 
 def test_a_second_study_times_nothing_and_finds_the_same(run, monkeypatch):
     first = KernelStudy(run, **SMALL).table()
-    for name in ("_time", "_rates"):
-        monkeypatch.setattr(KernelStudy, name, lambda *_: pytest.fail("computed again"))
+    for place, name in ((KernelStudy, "_time"), (timing, "_measured_limits")):
+        monkeypatch.setattr(place, name, lambda *_: pytest.fail("computed again"))
     pd.testing.assert_frame_equal(KernelStudy(run, **SMALL).table(), first)
 
 
@@ -125,7 +125,8 @@ def test_other_activation_bits_time_flexq_anew_and_torch_not(run, monkeypatch):
 def test_another_machine_or_number_of_threads_times_anew(run, monkeypatch):
     KernelStudy(run, **SMALL, threads=1).table()
     count = len(read_jsonl(run.records.path))
-    monkeypatch.setattr(kernels, "provenance", lambda device: {"device": "another"})
+    for module in (kernels, timing):
+        monkeypatch.setattr(module, "provenance", lambda device: {"device": "another"})
     KernelStudy(run, **SMALL, threads=1).table()
     assert len(read_jsonl(run.records.path)) == 2 * count
 
@@ -172,7 +173,7 @@ def test_each_call_takes_the_copy_that_was_used_longest_ago():
 
 
 def test_a_slow_method_is_called_a_few_times_only(monkeypatch):
-    monkeypatch.setattr(kernels, "_BUDGET_S", 0.0)
+    monkeypatch.setattr(timing, "_BUDGET_S", 0.0)
     assert len(kernels._times_us([lambda x: x], torch.zeros(1), 100)[0]) == 5
 
 
@@ -354,7 +355,8 @@ def card(monkeypatch):
         lambda shape, method, bits, device, *more: layers(shape, method, bits, "cpu", *more),
     )
     rates = {"read_bandwidth_gbps": 4300.0, "copy_bandwidth_gbps": 4200.0, "int8_rate_gops": 1.3e6}
-    monkeypatch.setattr(KernelStudy, "_rates", lambda self: {name: Measurement(v, "1") for name, v in rates.items()})
+    measured = {name: Measurement(v, "1") for name, v in rates.items()}
+    monkeypatch.setattr(timing, "_measured_limits", lambda device: measured)
     return facts.name
 
 

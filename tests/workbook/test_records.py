@@ -117,6 +117,25 @@ def test_a_change_of_what_computes_computes_anew(tmp_path, monkeypatch, changed,
     assert {card for card, digest in before.items() if source_digest("02_accuracy", card) != digest} == anew
 
 
+@pytest.mark.parametrize(
+    ("changed", "anew"),
+    [
+        ("timing", {"03_kernels", "04_e2e"}),
+        ("kernels", {"03_kernels"}),
+        ("e2e/decode", {"04_e2e"}),
+    ],
+)
+def test_a_limit_measured_otherwise_computes_anew_what_is_set_beside_it(tmp_path, monkeypatch, changed, anew):
+    file = tmp_path / "flexq_core" / "studies" / f"{changed}.py"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "KERNELS", tmp_path / "kernels")
+    file.write_text("1")
+    before = {study: source_digest(study, GPU) for study in ("02_accuracy", "03_kernels", "04_e2e")}
+    file.write_text("2")
+    assert {study for study, digest in before.items() if source_digest(study, GPU) != digest} == anew
+
+
 @pytest.mark.parametrize(("library", "anew"), [("torch", True), ("transformers", True), ("numpy", False)])
 def test_another_release_computes_anew_and_leaves_what_the_one_before_computed(tmp_path, monkeypatch, library, anew):
     mine, machine = Records("study", tmp_path), records_module.provenance("cpu")

@@ -55,8 +55,8 @@ from flexq_core.studies.e2e.linears import (
 from flexq_core.studies.e2e.steps import STEPS, parts_ms, step_bytes
 from flexq_core.studies.e2e_claims import claims, has_ratios
 from flexq_core.studies.e2e_compared import plot_latency, plot_memory, plot_step, published_note
-from flexq_core.studies.kernels import KernelStudy
 from flexq_core.studies.parameters import counts, names, one_of, require_at_least
+from flexq_core.studies.timing import machine_limits
 from flexq_core.workbook.machine import preemptions, provenance
 from flexq_core.workbook.records import Measurement, Skipped
 
@@ -473,7 +473,7 @@ class EndToEndStudy:
     @cached_property
     def _bandwidth_gbps(self) -> float:
         """Of copying on this GPU, reads and writes counted; 0 on a processor."""
-        return KernelStudy(self.run, methods="torch-fp16").machine()["copy_bandwidth_gbps"] if self.on_gpu else 0.0
+        return machine_limits(self.run)["copy_bandwidth_gbps"] if self.on_gpu else 0.0
 
     def _checked_difference(self, model: nn.Module, method: str) -> float:
         """Relative difference of the prompt's logits; RuntimeError where it is not within the method's bound."""
