@@ -33,7 +33,7 @@ _MODELS_TOLD = (
     "token (TTFT) and for each later one (TPOT), the least that a step's bytes take at the card's measured bandwidth, the\n"
     "memory of all weights, and how many times as long FP16 takes for a token:"
 )
-_ENGINE = {"compile_mode": "", "attention": "", "weights": "pretrained"}
+_ENGINE = {"compile_mode": "", "weights": "pretrained"}
 """What else tells a model's runs apart → what it is where a record does not say; a column where it is not the same for all."""
 
 

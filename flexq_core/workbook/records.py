@@ -278,6 +278,15 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+_BESIDE = {
+    "sensitivity": ("accuracy",),
+    "accuracy": ("accuracy_scales", "accuracy_agreement", "baselines"),
+    "kernels": ("timing",),
+    "e2e": ("timing", "baselines"),
+}
+"""Study → files beside its own in studies/ that decide its numbers too; the others that it imports check, compare and draw."""
+
+
 def source_digest(study: str, card: str = "") -> str:
     """Digest of the code that decides a study's numbers: the arithmetic, the sources and the study itself.
 
@@ -291,9 +300,7 @@ def source_digest(study: str, card: str = "") -> str:
     core = paths.ROOT / "flexq_core"
     stem = study.split("_", 1)[-1]
     kind, other = ("cuda", "cpu") if card else ("cpu", "cuda")
-    beside = [f"{stem}_scales", f"{stem}_agreement", "baselines"]
-    beside += [f"{stem}_gpu"] if card else []
-    beside += ["timing"] if stem in ("kernels", "e2e") else []
+    beside = _BESIDE.get(stem, ()) + ((f"{stem}_gpu",) if card else ())
     files = [
         *(core / "quant").glob("*.py"),
         *(core / "files").glob("*.py"),

@@ -123,15 +123,17 @@ def test_a_change_of_what_computes_computes_anew(tmp_path, monkeypatch, changed,
         ("timing", {"03_kernels", "04_e2e"}),
         ("kernels", {"03_kernels"}),
         ("e2e/decode", {"04_e2e"}),
+        ("accuracy", {"01_sensitivity", "02_accuracy"}),
+        ("baselines", {"02_accuracy", "04_e2e"}),
     ],
 )
-def test_a_limit_measured_otherwise_computes_anew_what_is_set_beside_it(tmp_path, monkeypatch, changed, anew):
+def test_what_studies_share_computes_anew_those_whose_numbers_it_decides(tmp_path, monkeypatch, changed, anew):
     file = tmp_path / "flexq_core" / "studies" / f"{changed}.py"
     file.parent.mkdir(parents=True)
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(paths, "KERNELS", tmp_path / "kernels")
     file.write_text("1")
-    before = {study: source_digest(study, GPU) for study in ("02_accuracy", "03_kernels", "04_e2e")}
+    before = {study: source_digest(study, GPU) for study in ("01_sensitivity", "02_accuracy", "03_kernels", "04_e2e")}
     file.write_text("2")
     assert {study for study, digest in before.items() if source_digest(study, GPU) != digest} == anew
 

@@ -84,9 +84,6 @@ LLaMA-13B's 40 they differ by 0.77), and every block has the same shapes."""
 CALIBRATION_TOKENS = 512
 """On which SmoothQuant sees what activations reach."""
 
-ATTENTIONS = ("sdpa", "eager")
-"""Of transformers' implementations those that can be captured: torch's fused attention, and products that torch may compile."""
-
 EAGER_TOKENS = 64
 """Of an output, that the eager model writes as well, to be compared."""
 
@@ -117,7 +114,6 @@ class EndToEndStudy:
         batch_size: int = 1,
         layers: int = 0,
         compile_mode: str = COMPILE_MODES[-1],
-        attention: str = "sdpa",
         repeats: int = 3,
         seed: int = 0,
     ) -> None:
@@ -137,7 +133,6 @@ class EndToEndStudy:
         self.on_gpu = torch.device(run.device).type == "cuda"
         wanted = one_of(compile_mode, COMPILE_MODES, "compile_mode")
         self.compile_mode = wanted if self.on_gpu else "none"
-        self.attention = one_of(attention, ATTENTIONS, "attention")
         self.loaded = self._load()
         self._require_fit()
 
@@ -145,9 +140,7 @@ class EndToEndStudy:
         """The unquantised model."""
         if self.weights == "random":
             return self._random(keep=not self.on_gpu)
-        loaded = load_model(self.model, device=self.run.device)
-        loaded.model.set_attn_implementation(self.attention)
-        return loaded
+        return load_model(self.model, device=self.run.device)
 
     def _require_fit(self) -> None:
         blocks = self.loaded.model.config.num_hidden_layers
@@ -229,9 +222,7 @@ class EndToEndStudy:
 
     def _random(self, **options: Any) -> LoadedModel:
         """The model with random weights; options: of `random_model`."""
-        loaded = random_model(self.model, device=self.run.device, layers=self.layers, seed=self.seed, **options)
-        loaded.model.set_attn_implementation(self.attention)
-        return loaded
+        return random_model(self.model, device=self.run.device, layers=self.layers, seed=self.seed, **options)
 
     def _converted(self, method: str, backend: str, model: nn.Module, name: str = "") -> nn.Module:
         """A whole model, or one of its blocks, under this method; what was given is left alone.
@@ -362,7 +353,7 @@ class EndToEndStudy:
             "threads": torch.get_num_threads(),
         }
         if self.on_gpu:
-            inputs |= {"compile_mode": self.compile_mode, "attention": self.attention}
+            inputs["compile_mode"] = self.compile_mode
         if method not in METHODS:
             inputs["plan_sha256"] = hashlib.sha256(self.custom_plan.to_json().encode()).hexdigest()
         return inputs

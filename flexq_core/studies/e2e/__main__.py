@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from flexq_core.runtime import ops
-from flexq_core.studies.e2e import ATTENTIONS, METHODS, WEIGHTS, EndToEndStudy, claims, processes
+from flexq_core.studies.e2e import METHODS, WEIGHTS, EndToEndStudy, claims, processes
 from flexq_core.studies.e2e.decode import COMPILE_MODES
 from flexq_core.studies.e2e.parallel import ParallelStudy
 from flexq_core.studies.e2e_compared import plot_latency, plot_memory, plot_step, published_note
@@ -44,7 +44,6 @@ def _measure(arguments: list[str] | None, device: str) -> int:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1], help="one or more (default: 1)")
     parser.add_argument("--layers", type=int, default=0, help="with random weights: this many blocks (default: all)")
     parser.add_argument("--compile-mode", choices=COMPILE_MODES, default=COMPILE_MODES[-1], help="a GPU's decode step")
-    parser.add_argument("--attention", choices=ATTENTIONS, default=ATTENTIONS[0], help="(default: sdpa)")
     parser.add_argument("--repeats", type=int, default=3, help="timed decodes (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument(

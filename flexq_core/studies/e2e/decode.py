@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch._inductor
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 COMPILE_MODES = ("none", "default", "max-autotune-no-cudagraphs")
 """How the decode step is compiled: not at all, or in this mode of torch.compile. Only the last tunes matrix products."""
@@ -27,7 +28,16 @@ Either moves a last bit, a near tie falls to the other side, and the text goes i
 token. Rounding costs a few instructions of kernels that wait for memory.
 """
 
+_REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of torch's attentions all but cuDNN's, which torch prefers on Hopper: with one query it adds up parts in no fixed order, so
+that after a near tie the same model writes another text each time."""
+
 _WARM_UP_STEPS = 2
+
+
+def _decodes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run without gradients, and with attention that gives the same each time."""
+    return torch.no_grad()(sdpa_kernel(_REPEATABLE)(function))
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ class Engine:
             options = torch._inductor.list_mode_options(compile_mode) | _AS_EAGER
             self._step = torch.compile(self._run_step, fullgraph=True, dynamic=False, options=options)
 
-    @torch.no_grad()
+    @_decodes
     def generate(self, prompt: Tensor, output_tokens: int = 0) -> Generation:
         """Decode greedily and time every token.
 
@@ -119,7 +129,7 @@ class Engine:
         gaps_ms = watch.gaps_ms()
         return Generation(self.written[:, :count].clone(), gaps_ms[0].item(), gaps_ms[1:], self.cache)
 
-    @torch.no_grad()
+    @_decodes
     def warm_up(self, prompt: Tensor) -> None:
         """Run the prefill and a few steps: what compiles, chooses or allocates does so now."""
         self._prompt.copy_(prompt)
@@ -128,7 +138,7 @@ class Engine:
         for _ in range(min(_WARM_UP_STEPS, self.output_tokens - 1)):
             self._step()
 
-    @torch.no_grad()
+    @_decodes
     def capture(self) -> bool:
         """Capture prefill and step in CUDA graphs, after `warm_up`; False where this device or cache cannot."""
         if self.device.type != "cuda" or self._length is None:
@@ -147,7 +157,7 @@ class Engine:
             setattr(self, name, graph.replay)
         return True
 
-    @torch.no_grad()
+    @_decodes
     def rehearse(self, steps: int) -> Callable[[], None]:
         """What runs one decode step, up to `steps` times, in the middle of an output; for a profiler.
 
@@ -157,7 +167,7 @@ class Engine:
             raise ValueError(f"an output of {self.output_tokens} tokens has no {steps} steps in its middle")
         self._reset()
         self._advance(self._prompt.shape[1] + (self.output_tokens - steps) // 2)
-        return torch.no_grad()(self._step)
+        return _decodes(self._step)
 
     def _reset(self) -> None:
         self.cache.reset()

@@ -111,7 +111,6 @@ class ParallelStudy(e2e.EndToEndStudy):
 
         folder = self._folder(method)
         options["dtype"] = torch.bfloat16 if method == "bf16" else self.loaded.model.dtype
-        options["attn_implementation"] = self.attention
         if method in _UNQUANTISED:
             model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
         else:
