@@ -103,7 +103,7 @@ ours = len(happened)
 import torch  # a CUDA build asks the system's linker for its libraries: that is not this package's doing
 del happened[ours:]
 for module in pkgutil.walk_packages(flexq_core.__path__, "flexq_core."):
-    if not module.name.endswith(("__main__", "hf_quantizer")):  # transformers' plug-in imports transformers
+    if not module.name.endswith(("__main__", "hf_quantizer", "attention_kernels")):  # these import transformers and triton
         importlib.import_module(module.name)
 heavy = sorted({"transformers", "datasets", "lm_eval", "papermill", "torch.utils.cpp_extension"} & set(sys.modules))
 print(json.dumps([light, heavy, happened, "flexq_core.studies.accuracy" in sys.modules]))

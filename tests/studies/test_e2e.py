@@ -26,6 +26,7 @@ from flexq_core.studies import e2e
 from flexq_core.studies.e2e import (
     METHODS,
     EndToEndStudy,
+    attention,
     claims,
     linears,
     plot_latency,
@@ -422,6 +423,31 @@ def test_smoothquant_is_skipped_on_a_processor(run):
     assert set(table["skipped"]) == {"SmoothQuant's INT8 is timed on GPUs"}
 
 
+@pytest.mark.parametrize("fastest", ["default", "max-autotune-no-cudagraphs"])
+def test_a_method_is_timed_in_the_mode_in_which_it_decodes_fastest(as_on_gpu, monkeypatch, fastest):
+    made = []
+
+    class Timed(Engine):
+        """Compiles nothing; a step of the fastest mode takes 1 ms, of the other 2, and the first one is slow in both."""
+
+        def __init__(self, *size, mode):
+            super().__init__(*size)
+            self.mode = mode
+            made.append(mode)
+
+        def generate(self, prompt, output_tokens=0):
+            found = super().generate(prompt, output_tokens)
+            slow = 9.0 if self.mode == fastest else 8.0
+            steps_ms = torch.full_like(found.steps_ms, 1.0 if self.mode == fastest else 2.0)
+            steps_ms[0] = slow
+            return Generation(found.tokens, found.ttft_ms, steps_ms, found.cache)
+
+    monkeypatch.setattr(e2e, "Engine", lambda *size: Timed(*size[:4], mode=size[4]))
+    study = as_on_gpu("demo-llama")
+    assert study._fastest_mode(study.build("w6a6", "reference"), "reference") == fastest
+    assert made == ["default", "max-autotune-no-cudagraphs"]
+
+
 def test_a_record_says_on_what_its_method_ran(run, as_on_gpu):
     study = EndToEndStudy(run, **SMALL | {"methods": "fp16,bf16,w6a6"})
     study.table()
@@ -659,8 +685,10 @@ def once(load):
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize("backend", ["auto", "bmma"])
-def test_captured_steps_write_the_eager_models_tokens(architecture, backend):
+@pytest.mark.parametrize("ours", [False, True])
+def test_captured_steps_write_the_eager_models_tokens(architecture, backend, ours):
     model = quantize_model(tiny_model(architecture).cuda().half(), "flexq", backend=backend)
+    model.set_attn_implementation(attention.implementation("cuda" if ours else "cpu"))
     ids = prompt().cuda()
     for each in (model, fuse_(copy.deepcopy(model))):
         engine = Engine(each, 2, 7, 9)
@@ -672,9 +700,11 @@ def test_captured_steps_write_the_eager_models_tokens(architecture, backend):
 
 
 @pytest.mark.gpu
-def test_after_a_long_prompt_a_model_writes_the_same_each_time_captured_or_not():
+@pytest.mark.parametrize("ours", [False, True])
+def test_after_a_long_prompt_a_model_writes_the_same_each_time_captured_or_not(ours):
     """Of a length with which cuDNN's attention does not."""
     model = random_model("llama-7b", device="cuda", layers=8, seed=0).model
+    model.set_attn_implementation(attention.implementation("cuda" if ours else "cpu"))
     ids = torch.randint(32000, (1, 992), generator=torch.Generator().manual_seed(0)).cuda()
     engine = Engine(model, 1, 992, 32)
     eager = [engine.generate(ids).tokens for _ in range(3)]

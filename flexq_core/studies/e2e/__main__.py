@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from flexq_core.runtime import ops
-from flexq_core.studies.e2e import METHODS, WEIGHTS, EndToEndStudy, claims, processes
+from flexq_core.studies.e2e import BEST_MODE, METHODS, WEIGHTS, EndToEndStudy, claims, processes
 from flexq_core.studies.e2e.decode import COMPILE_MODES
 from flexq_core.studies.e2e.parallel import ParallelStudy
 from flexq_core.studies.e2e_compared import plot_latency, plot_memory, plot_step, published_note
@@ -43,7 +43,12 @@ def _measure(arguments: list[str] | None, device: str) -> int:
     parser.add_argument("--output-tokens", type=int, nargs="+", default=[128], help="lengths (default: 128)")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1], help="one or more (default: 1)")
     parser.add_argument("--layers", type=int, default=0, help="with random weights: this many blocks (default: all)")
-    parser.add_argument("--compile-mode", choices=COMPILE_MODES, default=COMPILE_MODES[-1], help="a GPU's decode step")
+    parser.add_argument(
+        "--compile-mode",
+        choices=(BEST_MODE, *COMPILE_MODES),
+        default=BEST_MODE,
+        help="torch's for a GPU's decode step; best: for each method the faster of the last two (default: best)",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed decodes (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument(

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 COMPILE_MODES = ("none", "default", "max-autotune-no-cudagraphs")
-"""How the decode step is compiled: not at all, or in this mode of torch.compile. Only the last tunes matrix products."""
+"""How the decode step is compiled: not at all, or in this mode of torch.compile. Only the last tunes matrix products, which makes
+some methods faster and others slower."""
 
 _AS_EAGER = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
 """Settings of Inductor under which fused operations round between them as separate ones do, and divide exactly.
@@ -29,8 +30,7 @@ token. Rounding costs a few instructions of kernels that wait for memory.
 """
 
 _REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Of torch's attentions all but cuDNN's, which torch prefers on Hopper: with one query it adds up parts in no fixed order, so
-that after a near tie the same model writes another text each time."""
+"""Of torch's attentions all but cuDNN's, which may give other bits each time (see attention.py)."""
 
 _WARM_UP_STEPS = 2
 
