@@ -89,8 +89,21 @@ def test_a_model_decodes_with_it_as_with_torchs(without_a_gpu, architecture):
     assert without_a_gpu == [(2, 1, 1, 16)] * 8 * blocks
 
 
-def test_a_processor_has_torchs_own():
+def test_a_compiled_step_writes_the_eager_models_tokens(without_a_gpu):
+    """The op reads a cache that the step before it has written into."""
+    model = tiny_model("llama")
+    attention._register()
+    model.set_attn_implementation(attention.NAME)
+    ids = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(2))
+    expected = Engine(model, 2, 7, 9).generate(ids).tokens
+    assert torch.equal(Engine(model, 2, 7, 9, "default").generate(ids).tokens, expected)
+
+
+def test_a_processor_has_torchs_own_and_so_has_a_gpu_without_triton(monkeypatch):
     assert attention.implementation("cpu") == "sdpa"
+    monkeypatch.setattr(attention, "find_spec", {"triton": None}.get)
+    assert attention.implementation("cuda") == "sdpa"
+    monkeypatch.setattr(attention, "find_spec", {"triton": "found"}.get)
     assert attention.implementation("cuda") in transformers.AttentionInterface().valid_keys()
 
 
@@ -109,7 +122,7 @@ MASKS = {
     ("batch", "heads", "key_heads", "features"), [(1, 4, 4, 128), (3, 6, 2, 64), (2, 2, 1, 80), (1, 8, 1, 256)]
 )
 def test_one_token_is_as_near_the_truth_as_torchs_attention(batch, heads, key_heads, features, places, dtype):
-    """Twice as near at least, of every place and of some: what is not read is nan."""
+    """At most twice as far, of every place and of some: what is not read is nan."""
     for shown in (None, *MASKS.values()):
         query, key, value = (x.cuda() for x in tensors(batch, heads, key_heads, 1, places, features, dtype))
         mask = torch.ones(places, dtype=torch.bool) if shown is None else shown(places)
@@ -131,6 +144,28 @@ def test_one_token_without_any_place_is_zero():
     query, key, value = (x.cuda() for x in tensors(2, 4, 2, 1, 100, 64, torch.float16))
     mask = torch.zeros(2, 1, 1, 100, dtype=torch.bool, device="cuda")
     assert not attention.one_token_attention(query, key, value, mask, 0.1).any()
+
+
+@gpu
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_is_not_finite_is_not_hidden(which, bad):
+    inputs = [x.cuda() for x in tensors(2, 4, 2, 1, 100, 64, torch.float16)]
+    inputs[0][0, 0, 0, 3] = 1.0  # or a score of minus infinity would rightly be no score
+    inputs[which][0, 0, -1, 3] = bad
+    found = attention.one_token_attention(*inputs, None, 0.1)
+    assert not found[0, 0, 0].isfinite().all()
+    assert found[1].isfinite().all()
+
+
+@gpu
+def test_one_mask_serves_all_sequences_and_must_be_of_truth_values():
+    query, key, value = (x.cuda() for x in tensors(3, 4, 2, 1, 100, 64, torch.float16))
+    mask = (torch.arange(100) < 30).cuda()[None, None, None]
+    every = attention.one_token_attention(query, key, value, mask.repeat(3, 1, 1, 1), 0.1)
+    assert torch.equal(attention.one_token_attention(query, key, value, mask, 0.1), every)
+    with pytest.raises(ValueError, match=r"the mask is torch.float16; accepted: torch.bool"):
+        attention.one_token_attention(query, key, value, mask.half(), 0.1)
 
 
 @gpu

@@ -27,6 +27,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from functools import cached_property
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -93,7 +94,7 @@ EAGER_TOKENS = 64
 _WAITING = ("reference", "simulate")
 """Backends that ask a GPU whether activations are finite, which no graph can."""
 _WARM_UP_S = 1.0
-_TRIED_TOKENS = 64
+_TRIED_TOKENS = 64  # in each mode, before the faster is timed
 
 
 class EndToEndStudy:
@@ -136,7 +137,8 @@ class EndToEndStudy:
         self.repeats, self.seed = repeats, seed
         self.on_gpu = torch.device(run.device).type == "cuda"
         wanted = one_of(compile_mode, (BEST_MODE, *COMPILE_MODES), "compile_mode")
-        self.compile_mode = wanted if self.on_gpu else "none"
+        compiles = self.on_gpu and find_spec("triton") is not None
+        self.compile_mode = wanted if compiles else "none"
         self.loaded = self._load()
         self._require_fit()
 
@@ -361,7 +363,7 @@ class EndToEndStudy:
             "threads": torch.get_num_threads(),
         }
         if self.on_gpu:
-            inputs["compile_mode"] = self.compile_mode
+            inputs |= {"compile_mode": self.compile_mode, "attention": attention.implementation(self.run.device)}
         if method not in METHODS:
             inputs["plan_sha256"] = hashlib.sha256(self.custom_plan.to_json().encode()).hexdigest()
         return inputs

@@ -1,16 +1,17 @@
-"""Attention for every method on a GPU: of a prompt by torch's flash attention, of one token by a kernel of its own.
+"""Attention for every method on a GPU: of a prompt by torch's own, with no mask, and of one token by a kernel of its own.
 
-With one token there is one row of scores a head, and torch has three ways to it, none good: flash attention takes no mask,
+With one token there is one row of scores a head, and torch has three fused ways to it, none good: flash attention takes no mask,
 which the empty places of a static cache want; the memory-efficient one gives a head to one multiprocessor, 52 µs a layer of
 LLaMA-13B with 1152 places on an H200; and cuDNN's, which torch prefers there (14 µs), adds up parts in no fixed order, so that
 after a near tie the same model writes another text each time. Here the keys of a head are shared among blocks (split-KV, as in
-Flash-Decoding) whose parts are added in their order, empty places are not read, and eager, compiled and captured models get the
-same bits.
+Flash-Decoding) whose parts are added in their order, empty places are not read, and the bits are the same eager, compiled and
+captured.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -25,8 +26,11 @@ _UNUSUAL = ("sliding_window", "position_bias", "softcap", "s_aux")
 
 
 def implementation(device: torch.device | str) -> str:
-    """What a model on this device is to be given as `attn_implementation`; transformers knows it afterwards."""
-    if torch.device(device).type != "cuda":
+    """What a model on this device is to be given as `attn_implementation`; transformers knows it afterwards.
+
+    Torch's own on a processor, and where there is no Triton, without which torch compiles nothing for a GPU either.
+    """
+    if torch.device(device).type != "cuda" or find_spec("triton") is None:
         return "sdpa"
     _register()
     return NAME

@@ -23,7 +23,7 @@ def attention_part_kernel(
 ):  # fmt: skip
     """Of one head `steps` times `keys_at_once` keys: their weighted values, their weights' sum, and the largest score."""
     head, part = tl.program_id(0), tl.program_id(1)
-    b, h = head // heads, head % heads
+    b, h = (head // heads).to(tl.int64), head % heads  # a cache may have more than 2^31 numbers
     d = tl.arange(0, features_at_once)
     real = d < features
     q = tl.load(query + b * query_b + h * query_h + d, mask=real, other=0.0).to(tl.float32) * scale
@@ -68,11 +68,13 @@ def attention_add_kernel(
     both = there[:, None] & (d < features)[None, :]
     part_sums = tl.load(sums + at[:, None] * features + d[None, :], mask=both, other=0.0)
     total = tl.sum(factor[:, None] * part_sums, 0)
-    tl.store(found + head * features + d, tl.where(weight > 0, total / weight, 0.0), mask=d < features)
+    tl.store(found + head * features + d, tl.where(weight == 0, 0.0, total / weight), mask=d < features)
 
 
 def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """See attention.py."""
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"the mask is {mask.dtype}; accepted: torch.bool")
     batch, heads, _, features = query.shape
     places = key.shape[2]
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
@@ -81,14 +83,15 @@ def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     sums = query.new_empty(batch * heads, parts, features, dtype=torch.float32)
     peaks, weights = sums.new_empty(batch * heads, parts), sums.new_empty(batch * heads, parts)
     found = query.new_empty(batch, 1, heads, features)
-    shown = query if mask is None else mask.view(torch.uint8)
+    shown = query if mask is None else mask.expand(batch, 1, 1, places).view(torch.uint8)
     shape = {"features": features, "features_at_once": triton.next_power_of_2(features), "parts": parts}
-    attention_part_kernel[batch * heads, parts](
-        query, key, value, shown, sums, peaks, weights,
-        scale * _LOG2_E, places, heads, heads // key.shape[1],
-        *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], shown.stride(0), shown.stride(-1),
-        steps=steps, keys_at_once=_KEYS_AT_ONCE, masked=mask is not None, **shape,
-    )  # fmt: skip
-    parts_at_once = triton.next_power_of_2(parts)
-    attention_add_kernel[(batch * heads,)](sums, peaks, weights, found, parts_at_once=parts_at_once, **shape)
+    with torch.cuda.device_of(query):  # Triton launches on the current one
+        attention_part_kernel[batch * heads, parts](
+            query, key, value, shown, sums, peaks, weights,
+            scale * _LOG2_E, places, heads, heads // key.shape[1],
+            *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], shown.stride(0), shown.stride(-1),
+            steps=steps, keys_at_once=_KEYS_AT_ONCE, masked=mask is not None, **shape,
+        )  # fmt: skip
+        parts_at_once = triton.next_power_of_2(parts)
+        attention_add_kernel[(batch * heads,)](sums, peaks, weights, found, parts_at_once=parts_at_once, **shape)
     return found
