@@ -423,8 +423,10 @@ def test_smoothquant_is_skipped_on_a_processor(run):
     assert set(table["skipped"]) == {"SmoothQuant's INT8 is timed on GPUs"}
 
 
+@pytest.mark.parametrize("full", [None, "default", "max-autotune-no-cudagraphs", "both"])
 @pytest.mark.parametrize("fastest", ["default", "max-autotune-no-cudagraphs"])
-def test_a_method_is_timed_in_the_mode_in_which_it_decodes_fastest(as_on_gpu, monkeypatch, fastest):
+def test_a_method_is_timed_in_the_mode_in_which_it_decodes_fastest(as_on_gpu, monkeypatch, fastest, full):
+    """Of those for which there is memory."""
     made = []
 
     class Timed(Engine):
@@ -436,6 +438,8 @@ def test_a_method_is_timed_in_the_mode_in_which_it_decodes_fastest(as_on_gpu, mo
             made.append(mode)
 
         def generate(self, prompt, output_tokens=0):
+            if full in (self.mode, "both"):
+                raise torch.OutOfMemoryError("full")
             found = super().generate(prompt, output_tokens)
             slow = 9.0 if self.mode == fastest else 8.0
             steps_ms = torch.full_like(found.steps_ms, 1.0 if self.mode == fastest else 2.0)
@@ -444,8 +448,14 @@ def test_a_method_is_timed_in_the_mode_in_which_it_decodes_fastest(as_on_gpu, mo
 
     monkeypatch.setattr(e2e, "Engine", lambda *size: Timed(*size[:4], mode=size[4]))
     study = as_on_gpu("demo-llama")
-    assert study._fastest_mode(study.build("w6a6", "reference"), "reference") == fastest
-    assert made == ["default", "max-autotune-no-cudagraphs"]
+    model, modes = study.build("w6a6", "reference"), ["default", "max-autotune-no-cudagraphs"]
+    if full == "both":
+        with pytest.raises(torch.OutOfMemoryError, match="full"):
+            study._fastest_mode(model, "reference")
+    else:
+        best = next(mode for mode in modes if mode != full) if full == fastest else fastest
+        assert study._fastest_mode(model, "reference") == best
+    assert made == modes
 
 
 def test_a_record_says_on_what_its_method_ran(run, as_on_gpu):

@@ -452,18 +452,28 @@ class EndToEndStudy:
         return Engine(model, self.batch_size, self.prompt_tokens, self.output_tokens[-1], mode)
 
     def _fastest_mode(self, model: nn.Module, backend: str) -> str:
-        """The mode of those that compile with the shortest median step, each tried as it will be timed."""
-        steps_ms = {}
+        """The mode of those that compile with the shortest median step, each tried as it will be timed.
+
+        What needs more memory than there is in one of them may run in the other; torch.OutOfMemoryError where in neither.
+        """
+        steps_ms, failed = {}, None
         for mode in COMPILE_MODES[1:]:
-            engine = self._engine(model, mode)
-            self._warm_up(engine)
-            if backend not in _WAITING:
-                engine.capture()
-            tried = engine.generate(self.prompt, min(_TRIED_TOKENS, self.output_tokens[-1]))
-            steps_ms[mode] = tried.steps_ms.median().item() if len(tried.steps_ms) else 0.0
-            del engine
+            try:
+                steps_ms[mode] = self._tried_ms(self._engine(model, mode), backend)
+            except torch.OutOfMemoryError as error:
+                failed = error.with_traceback(None)  # whose frames hold what filled the memory
             _free()
+        if not steps_ms:
+            raise failed
         return min(steps_ms, key=steps_ms.get)
+
+    def _tried_ms(self, engine: Engine, backend: str) -> float:
+        """The median of some steps; 0 where there are none."""
+        self._warm_up(engine)
+        if backend not in _WAITING:
+            engine.capture()
+        steps_ms = engine.generate(self.prompt, min(_TRIED_TOKENS, self.output_tokens[-1])).steps_ms
+        return steps_ms.median().item() if len(steps_ms) else 0.0
 
     def _gpu_measurements(self, engine: Engine, beside_weights: int) -> dict[str, Measurement]:
         """Memory beside the weights, the limit of a step, and its parts."""
