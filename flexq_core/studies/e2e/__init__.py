@@ -27,7 +27,6 @@ import hashlib
 import time
 from collections.abc import Iterator
 from functools import cached_property
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -137,8 +136,8 @@ class EndToEndStudy:
         self.repeats, self.seed = repeats, seed
         self.on_gpu = torch.device(run.device).type == "cuda"
         wanted = one_of(compile_mode, (BEST_MODE, *COMPILE_MODES), "compile_mode")
-        compiles = self.on_gpu and find_spec("triton") is not None
-        self.compile_mode = wanted if compiles else "none"
+        self.attention = attention.implementation(run.device)
+        self.compile_mode = wanted if self.attention == attention.NAME else "none"  # both want a GPU and Triton
         self.loaded = self._load()
         self._require_fit()
 
@@ -147,7 +146,7 @@ class EndToEndStudy:
         if self.weights == "random":
             return self._random(keep=not self.on_gpu)
         loaded = load_model(self.model, device=self.run.device)
-        loaded.model.set_attn_implementation(attention.implementation(self.run.device))
+        loaded.model.set_attn_implementation(self.attention)
         return loaded
 
     def _require_fit(self) -> None:
@@ -231,7 +230,7 @@ class EndToEndStudy:
     def _random(self, **options: Any) -> LoadedModel:
         """The model with random weights; options: of `random_model`."""
         loaded = random_model(self.model, device=self.run.device, layers=self.layers, seed=self.seed, **options)
-        loaded.model.set_attn_implementation(attention.implementation(self.run.device))
+        loaded.model.set_attn_implementation(self.attention)
         return loaded
 
     def _converted(self, method: str, backend: str, model: nn.Module, name: str = "") -> nn.Module:
@@ -363,7 +362,7 @@ class EndToEndStudy:
             "threads": torch.get_num_threads(),
         }
         if self.on_gpu:
-            inputs |= {"compile_mode": self.compile_mode, "attention": attention.implementation(self.run.device)}
+            inputs |= {"compile_mode": self.compile_mode, "attention": self.attention}
         if method not in METHODS:
             inputs["plan_sha256"] = hashlib.sha256(self.custom_plan.to_json().encode()).hexdigest()
         return inputs

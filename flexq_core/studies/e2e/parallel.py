@@ -30,7 +30,7 @@ from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.runtime.quantize_files import quantize_files
 from flexq_core.sources.models import LoadedModel, load_model, model_folder, random_model
 from flexq_core.studies import e2e
-from flexq_core.studies.e2e import attention, processes
+from flexq_core.studies.e2e import processes
 from flexq_core.studies.e2e.decode import Engine, generate
 from flexq_core.workbook.records import Measurement, Skipped
 
@@ -111,7 +111,7 @@ class ParallelStudy(e2e.EndToEndStudy):
 
         folder = self._folder(method)
         options["dtype"] = torch.bfloat16 if method == "bf16" else self.loaded.model.dtype
-        options["attn_implementation"] = attention.implementation(self.run.device)
+        options["attn_implementation"] = self.attention
         if method in _UNQUANTISED:
             model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
         else:
