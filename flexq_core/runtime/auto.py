@@ -49,8 +49,8 @@ def wgmma_from(card: str, outputs: int, features: int) -> int:
 def rows_for(card: str) -> list[dict[str, Any]]:
     """The rows that decide what `auto` takes on a card; none where the table is empty.
 
-    card: the name of a GPU; where it has no rows, the card with the most words of its name stands for it: all in the table are
-    Hopper's, and on no other GPU is the table asked.
+    card: the name of a GPU; where it has no rows, the card with the most words of its name stands for it. All in the table are
+    Hopper's, and only on those does `auto` choose by it.
     """
 
     def likeness(name: str) -> tuple[bool, int]:

@@ -196,7 +196,8 @@ def _fused_class(block: type, kind: type[_Fused]) -> type:
 def _edits_show(block: nn.Module, following: nn.Module) -> bool:
     """Whether it shows when hidden states are edited in place between two blocks, so that none edited are taken for the old.
 
-    `_edits` counts edits, but nothing does in inference mode, while torch traces, or where a hook edits `.data`.
+    `_edits` counts edits, but nothing does in inference mode, or where a hook edits `.data`. While torch traces nothing does
+    either: what it compiles as one program edits nothing unseen, but between blocks compiled one by one only hooks are seen.
     """
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return False

@@ -1,9 +1,15 @@
 // A warp's own ring of stages in shared memory: it fetches what it will use, with no other warp to wait for.
 //
-// A block takes tiles of 32 outputs x 8 kTokenTiles tokens, one after another; its warps share a tile's groups. A stage holds what a
-// warp consumes in a step: the chunk of one group and the record of activations of that group. The ring runs on from tile to tile, so that
-// memory is never idle while sums are added. On Hopper lane 0 asks for bulk copies that an mbarrier counts; on cards before, all lanes
-// copy 16 bytes at a time.
+// A block takes tiles of 32 outputs x 8 kTokenTiles tokens, one after another; its warps take the groups in turn, on from tile to tile, so
+// that all have as much to do whatever the number of groups. Of 4 warps, with 6 groups:
+//
+//   tile   |   first     |   second
+//   group  | 0 1 2 3 4 5 | 0 1 2 3 4 5
+//   warp   | 0 1 2 3 0 1 | 2 3 0 1 2 3
+//
+// A stage holds what a warp consumes in a step: the chunk of one group and the record of activations of that group. The ring runs on from
+// tile to tile, too, so that memory is never idle while sums are added. On Hopper lane 0 asks for bulk copies that an mbarrier counts; on
+// cards before, all lanes copy 16 bytes at a time.
 #pragma once
 #include "layout.cuh"
 #include "ptx.cuh"
@@ -29,7 +35,8 @@ struct Ring {
   uint64_t* full;
   int lane, warp;
   int stage = 0, parity = 0;
-  int next_tile, next_group;  // that will be fetched next
+  int next_tile, next_group;  // that will be fetched next, and where it lies
+  const uint8_t *next_weights, *next_record;
 
   __device__ __forceinline__ Ring(const Linear& linear, Tiles all, uint8_t* shared) : p(linear), tiles(all) {
     warp = threadIdx.x / 32;
@@ -38,7 +45,7 @@ struct Ring {
     full = reinterpret_cast<uint64_t*>(shared + kWarps * kStages * kStageBytes) + warp * kStages;
     next_tile = blockIdx.x;
     next_group = warp;
-    if (warp >= p.groups) next_tile = tiles.count();  // nothing for this warp
+    seek();
   }
 
   // Fills the ring: weights at once, activations when the kernel that writes them has finished.
@@ -47,13 +54,14 @@ struct Ring {
     const int tile = next_tile, group = next_group;
     if (lane == 0) {
       for (int s = 0; s < kStages; ++s) barrier_init(full + s, 1);
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      barriers_are_ready();
       for (int s = 0; s < kStages && next_tile < tiles.count(); ++s, advance()) copy_weights(s);
     }
     __syncwarp();
     wait_for_previous_kernel();
     if (lane == 0) {
       next_tile = tile, next_group = group;
+      seek();
       for (int s = 0; s < kStages && next_tile < tiles.count(); ++s, advance()) copy_record(s);
     }
 #else
@@ -80,17 +88,18 @@ struct Ring {
   }
 
  private:
+  // Within a tile by addition alone: lane 0 does this for every stage, and the others wait for it.
   __device__ __forceinline__ void advance() {
     next_group += kWarps;
-    if (next_group >= p.groups) next_group = warp, next_tile += gridDim.x;
+    next_weights += kWarps * kChunkBytes;
+    next_record += kWarps * kRecordBytes;
+    if (next_group >= p.groups) seek();
   }
 
-  __device__ __forceinline__ const uint8_t* weights() const {
-    return p.weight + (int64_t(next_tile / tiles.tokens) * p.groups + next_group) * kChunkBytes;
-  }
-
-  __device__ __forceinline__ const uint8_t* record() const {
-    return p.activations + (int64_t(next_tile % tiles.tokens) * p.groups + next_group) * kRecordBytes;
+  __device__ __forceinline__ void seek() {
+    while (next_group >= p.groups) next_group -= p.groups, next_tile += gridDim.x;  // fewer groups than warps: past several tiles
+    next_weights = p.weight + (int64_t(next_tile / tiles.tokens) * p.groups + next_group) * kChunkBytes;
+    next_record = p.activations + (int64_t(next_tile % tiles.tokens) * p.groups + next_group) * kRecordBytes;
   }
 
   __device__ __forceinline__ void fetch(int s) {
@@ -103,8 +112,8 @@ struct Ring {
 #else
     if (next_tile < tiles.count()) {
       uint8_t* to = stages + s * kStageBytes;
-      warp_copy(to, weights(), kChunkBytes, lane);
-      warp_copy(to + kChunkBytes, record(), kRecordBytes, lane);
+      warp_copy(to, next_weights, kChunkBytes, lane);
+      warp_copy(to + kChunkBytes, next_record, kRecordBytes, lane);
       advance();
     }
     warp_copy_commit();
@@ -116,17 +125,19 @@ struct Ring {
     barrier_expect(full + s, kStageBytes);
     // Weights that several tiles of tokens share should stay in the L2 cache; the others are read once.
     const uint64_t policy = tiles.tokens == 1 ? evict_first() : evict_last();
-    bulk_copy(stages + s * kStageBytes, weights(), kChunkBytes, full + s, policy);
+    bulk_copy(stages + s * kStageBytes, next_weights, kChunkBytes, full + s, policy);
   }
 
   __device__ __forceinline__ void copy_record(int s) {
-    bulk_copy(stages + s * kStageBytes + kChunkBytes, record(), kRecordBytes, full + s);
+    bulk_copy(stages + s * kStageBytes + kChunkBytes, next_record, kRecordBytes, full + s);
   }
 #endif
 };
 
-// Adds what the block's warps have summed, in the order of the warps, and stores y: sixteen outputs at a time, through `shared`.
+// Adds what a block's warps have summed of a tile and stores y: all threads together, sixteen outputs at a time, through `shared`.
 //   sums[half][t][i]: row 16 half + g + 8 (i / 2), token 8 t + 2 q + i % 2, in units of `unit`
+//   part: the first group of this warp's, or that it would have. Parts are added in this order, whichever warp had them: the sum's bits
+//     are the same wherever in a block's turn its tile comes.
 template <int kWarps, int kTokenTiles>
 struct Reduction {
   static constexpr int kTokens = kTokenTiles * kTokenTile, kRows = 16;
@@ -134,9 +145,14 @@ struct Reduction {
   static constexpr int kSharedBytes = kWarps * kTokens * kStride * 4;
   static_assert(kWarps * 32 % kRows == 0, "a thread finishes one output");
 
-  static __device__ __forceinline__ void store(const Linear& p, float* shared, const float (&sums)[2][kTokenTiles][4], int output_tile,
-                                               int token_tile, float unit) {
-    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  float* shared;
+
+  __device__ __forceinline__ explicit Reduction(uint8_t* room) : shared(reinterpret_cast<float*>(room)) {}
+  __device__ __forceinline__ void start() {}
+
+  __device__ __forceinline__ void store(const Linear& p, const float (&sums)[2][kTokenTiles][4], int part, int output_tile,
+                                        int token_tile, float unit, int) {
+    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
     const int row = threadIdx.x % kRows, n = output_tile * kChunkRows + row;
     const Finish finish[2] = {{p, n}, {p, n + kRows}};
 #pragma unroll
@@ -144,7 +160,7 @@ struct Reduction {
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) shared[(warp * kTokens + t * kTokenTile + 2 * q + i % 2) * kStride + g + i / 2 * 8] = sums[half][t][i];
+        for (int i = 0; i < 4; ++i) shared[(part * kTokens + t * kTokenTile + 2 * q + i % 2) * kStride + g + i / 2 * 8] = sums[half][t][i];
       __syncthreads();
 #pragma unroll
       for (int m = threadIdx.x / kRows; m < kTokens; m += kWarps * 32 / kRows) {
@@ -160,13 +176,68 @@ struct Reduction {
   }
 };
 
+// The same, while the other warps go on to the next tile: each leaves its part, and as many as there are tokens add them up when all lie
+// there, a token each or more. The next parts wait until that is done, which is long before.
+//   turn: how many tiles the block has had before.
+template <int kWarps, int kTokenTiles>
+struct Handover {
+  static constexpr int kTokens = kTokenTiles * kTokenTile;
+  static constexpr int kStride = kChunkRows + 4;  // 8 q + g are 32 different banks
+  static constexpr int kPartBytes = kWarps * kTokens * kStride * 4;
+  static constexpr int kSharedBytes = kPartBytes + 2 * 8;
+
+  float* parts;
+  uint64_t *left, *added;  // barriers of all warps
+
+  __device__ __forceinline__ explicit Handover(uint8_t* shared)
+      : parts(reinterpret_cast<float*>(shared)), left(reinterpret_cast<uint64_t*>(shared + kPartBytes)), added(left + 1) {}
+
+  // By all threads, which meet after it before they store.
+  __device__ __forceinline__ void start() {
+    if (threadIdx.x > 0) return;
+    barrier_init(left, kWarps);
+    barrier_init(added, kWarps);
+    barriers_are_ready();
+  }
+
+  __device__ __forceinline__ void store(const Linear& p, const float (&sums)[2][kTokenTiles][4], int part, int output_tile,
+                                        int token_tile, float unit, int turn) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    if (turn > 0) barrier_wait(added, (turn - 1) % 2);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          parts[(part * kTokens + t * kTokenTile + 2 * q + i % 2) * kStride + half * 16 + g + i / 2 * 8] = sums[half][t][i];
+    __syncwarp();
+    if (lane == 0) barrier_arrive(left);
+
+    const int n = output_tile * kChunkRows + lane, first = token_tile * kTokens, tokens = min(kTokens, p.tokens - first);
+    const int mine = (warp + turn) % kWarps;  // another one each time
+    if (mine < tokens) {
+      const Finish finish(p, n);
+      barrier_wait(left, turn % 2);
+      for (int m = mine; m < tokens; m += kWarps) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) sum += parts[(w * kTokens + m) * kStride + lane];
+        if (n < p.outputs) store_float(p.y, int64_t(first + m) * p.outputs + n, p.y_type, finish(sum * unit));
+      }
+      __syncwarp();
+    }
+    if (lane == 0) barrier_arrive(added);
+  }
+};
+
 // The parts of a kernel of this kind, and the shared memory that they take: the warps' rings, then room to add up their sums.
-template <Order kOrder, int kBits, int kTokenTiles, int kWarps, int kStages>
+template <Order kOrder, int kBits, int kTokenTiles, int kWarps, int kStages, template <int, int> class Sum>
 struct RingKernel {
   static constexpr int kRecordBytes = activation_record_bytes(kOrder, kBits, kTokenTiles);
   using TheRing = Ring<kWarps, kStages, kRecordBytes>;
-  using TheReduction = Reduction<kWarps, kTokenTiles>;
-  static constexpr int kSharedBytes = TheRing::kSharedBytes + TheReduction::kSharedBytes;
+  using TheSum = Sum<kWarps, kTokenTiles>;
+  static constexpr int kSharedBytes = TheRing::kSharedBytes + TheSum::kSharedBytes;
 };
 
 }  // namespace flexq

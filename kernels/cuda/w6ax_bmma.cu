@@ -61,7 +61,7 @@ __device__ __forceinline__ void multiply_one(const Words& words, uint32_t plane,
 // Two blocks a multiprocessor are as many as the shared memory holds; of one token more, and their registers are few.
 template <int kBits, int kTokenTiles, int kWarps, int kStages, bool kOne>
 __global__ void __launch_bounds__(kWarps * 32, kOne ? 0 : 2) w6ax_bmma_kernel(const __grid_constant__ Linear p) {
-  using Parts = RingKernel<Order::planes, kBits, kTokenTiles, kWarps, kStages>;
+  using Parts = RingKernel<Order::planes, kBits, kTokenTiles, kWarps, kStages, Reduction>;
   constexpr int kTileBytes = activation_tile_bytes(Order::planes, kBits), kSign = kBits - 1;
   extern __shared__ __align__(128) uint8_t shared[];
   allow_next_kernel();
@@ -151,15 +151,15 @@ __global__ void __launch_bounds__(kWarps * 32, kOne ? 0 : 2) w6ax_bmma_kernel(co
       }
       ring.release();
     }
-    auto* buffer = reinterpret_cast<float*>(shared + Parts::TheRing::kSharedBytes);
-    Parts::TheReduction::store(p, buffer, sums, tile / tiles.tokens, tile % tiles.tokens, 1.0f);
+    typename Parts::TheSum sum(shared + Parts::TheRing::kSharedBytes);
+    sum.store(p, sums, ring.warp, tile / tiles.tokens, tile % tiles.tokens, 1.0f, 0);
   }
 }
 
 // Returns whether the card has the shared memory for this shape.
 template <int kBits, int kTokenTiles, int kWarps, int kStages, bool kOne = false>
 bool run(const Linear& p, cudaStream_t stream) {
-  using Parts = RingKernel<Order::planes, kBits, kTokenTiles, kWarps, kStages>;
+  using Parts = RingKernel<Order::planes, kBits, kTokenTiles, kWarps, kStages, Reduction>;
   const auto kernel = w6ax_bmma_kernel<kBits, kTokenTiles, kWarps, kStages, kOne>;
   if (blocks_at_once("w6ax_bmma", kernel, kWarps * 32, Parts::kSharedBytes) == 0) return false;
   // A block a tile: here the arithmetic counts too, and as many blocks as fit would share the tiles unevenly.

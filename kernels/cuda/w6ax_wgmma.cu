@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThrea
   const int g = lane / 4, q = lane % 4;
   if (threadIdx.x == 0) {  // a stage is empty when every thread of a team has said that it has read it: no warp waits for its lanes
     for (int s = 0; s < kStages; ++s) barrier_init(full + s, 1), barrier_init(empty + s, kTeamWarps * 32);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_are_ready();
   }
   __syncthreads();
 

@@ -386,43 +386,73 @@ def test_large_layers_agree_with_the_reference(backend, activation_bits, tokens)
     assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@gpu
-@pytest.mark.parametrize("outputs_over", [0, 3])  # of a token stored several at once, and one by one
-@pytest.mark.parametrize(
-    ("tokens", "features", "outputs"),
-    [  # forms of w6ax_wgmma.cu on a card of 80 to 160 multiprocessors; of how many blocks a cluster is, on one of 132
-        pytest.param(50, 640, 20800, id="64 tokens, two blocks a multiprocessor"),
-        pytest.param(64, 2100, 20800, id="64 tokens, two blocks a multiprocessor, more groups than stages"),
-        pytest.param(64, 300, 1000, id="64 tokens, two teams, not a group for every stage"),
-        pytest.param(50, 2400, 9000, id="64 tokens, two teams, more groups than stages, an odd number"),
-        pytest.param(50, 1400, 1000, id="64 tokens, two teams, split in 2 of 5 and 6 groups"),
-        pytest.param(50, 1700, 1000, id="64 tokens, two teams, split in 3 of 4 and 5 groups"),
-        pytest.param(50, 2800, 1000, id="64 tokens, two teams, split in 5 of 4 and 5 groups"),
-        pytest.param(64, 3900, 1000, id="64 tokens, two teams, split in 7 of 4 and 5 groups"),
-        pytest.param(64, 4096, 1000, id="64 tokens, two teams, split in 8"),
-        pytest.param(128, 4096, 1000, id="128 tokens, split in 8"),
-        pytest.param(100, 2400, 9000, id="128 tokens, more groups than stages"),
-        pytest.param(300, 640, 1000, id="128 tokens for few groups"),
-        pytest.param(300, 2400, 3200, id="128 tokens for few groups, which are more than stages"),
-        pytest.param(300, 4096, 1000, id="128 tokens for few groups, split"),
-        pytest.param(300, 6100, 1000, id="128 tokens for the most groups that are few, split"),
-        pytest.param(300, 6200, 1000, id="256 tokens for the fewest groups that are not, split in 6 to 8"),
-        pytest.param(300, 6300, 1400, id="256 tokens, split in 5"),
-        pytest.param(300, 6300, 2300, id="256 tokens, split in 3"),
-        pytest.param(300, 6300, 3500, id="256 tokens, split in 2"),
+FORMS = {  # tokens, features, outputs
+    "imma": {  # on a card of 108 to 132 multiprocessors
+        "8 tokens, a tile a block": (8, 2100, 3000),
+        "8 tokens, a tile a block of longer rows": (8, 4700, 3000),
+        "8 tokens, a tile a block of long rows": (5, 8500, 3000),
+        "8 tokens, two blocks a multiprocessor": (8, 2100, 4700),
+        "8 tokens, two blocks a multiprocessor, the longest rows": (3, 8192, 4300),
+        "8 tokens, two blocks a multiprocessor, not a group for every warp": (1, 300, 4300),
+        "8 tokens, two tiles a block of rows too long for two blocks": (8, 8200, 4300),
+        "8 tokens, several tiles a block": (8, 2100, 20000),
+        "8 tokens, several tiles a block of longer rows": (8, 4700, 20000),
+        "8 tokens, several tiles a block of long rows": (2, 7100, 20000),
+        "8 tokens, fifteen tiles a block, not a group for every warp": (8, 300, 60000),
+        "8 tokens, fifteen tiles a block, a group less than warps": (8, 1900, 60000),
+        "8 tokens, fifteen tiles a block, a group more than warps": (8, 2100, 60000),
+        "16 tokens, two blocks a multiprocessor": (16, 2100, 4300),
+        "16 tokens, several tiles a block": (16, 2100, 9000),
+        "32 tokens, two blocks a multiprocessor": (32, 2100, 4300),
+        "32 tokens, several tiles a block": (32, 2100, 9000),
+        "64 tokens, several tiles a block": (64, 2100, 9000),
+        "64 tokens, several tiles a block, four of the same weights": (200, 2100, 4300),
+    },
+    "wgmma": {  # on a card of 80 to 160 multiprocessors; of how many blocks a cluster is, on one of 132
+        "64 tokens, two blocks a multiprocessor": (50, 640, 20800),
+        "64 tokens, two blocks a multiprocessor, more groups than stages": (64, 2100, 20800),
+        "64 tokens, two teams, not a group for every stage": (64, 300, 1000),
+        "64 tokens, two teams, more groups than stages, an odd number": (50, 2400, 9000),
+        "64 tokens, two teams, split in 2 of 5 and 6 groups": (50, 1400, 1000),
+        "64 tokens, two teams, split in 3 of 4 and 5 groups": (50, 1700, 1000),
+        "64 tokens, two teams, split in 5 of 4 and 5 groups": (50, 2800, 1000),
+        "64 tokens, two teams, split in 7 of 4 and 5 groups": (64, 3900, 1000),
+        "64 tokens, two teams, split in 8": (64, 4096, 1000),
+        "128 tokens, split in 8": (128, 4096, 1000),
+        "128 tokens, more groups than stages": (100, 2400, 9000),
+        "128 tokens for few groups": (300, 640, 1000),
+        "128 tokens for few groups, which are more than stages": (300, 2400, 3200),
+        "128 tokens for few groups, split": (300, 4096, 1000),
+        "128 tokens for the most groups that are few, split": (300, 6100, 1000),
+        "256 tokens for the fewest groups that are not, split in 6 to 8": (300, 6200, 1000),
+        "256 tokens, split in 5": (300, 6300, 1400),
+        "256 tokens, split in 3": (300, 6300, 2300),
+        "256 tokens, split in 2": (300, 6300, 3500),
         # A block of nine tiles of an odd number of groups begins one at each of four stages in either parity.
-        pytest.param(2100, 128, 17000, id="256 tokens, nine tiles a block of one group"),
-        pytest.param(2100, 300, 17000, id="256 tokens, nine tiles a block, not a group for every stage"),
-        pytest.param(2100, 640, 17000, id="256 tokens, nine tiles a block, a group more than stages"),
-        pytest.param(600, 7000, 8200, id="256 tokens, two tiles a block of many groups"),
+        "256 tokens, nine tiles a block of one group": (2100, 128, 17000),
+        "256 tokens, nine tiles a block, not a group for every stage": (2100, 300, 17000),
+        "256 tokens, nine tiles a block, a group more than stages": (2100, 640, 17000),
+        "256 tokens, two tiles a block of many groups": (600, 7000, 8200),
+    },
+}
+
+
+@gpu
+@pytest.mark.parametrize("outputs_over", [0, 3])  # of a token wgmma stores several at once, and one by one
+@pytest.mark.parametrize(
+    ("backend", "tokens", "features", "outputs"),
+    [
+        pytest.param(backend, *shape, id=f"{backend}, {form}")
+        for backend, forms in FORMS.items()
+        for form, shape in forms.items()
     ],
 )
-def test_every_form_of_wgmma_gives_integers_for_integers(tokens, features, outputs, outputs_over):
+def test_every_form_gives_integers_for_integers(backend, tokens, features, outputs, outputs_over):
     """Bit for bit, in all rows and columns, in outputs and with a bias of each type; most last tiles are not whole."""
     operands, sums, bias = exactness.integers_and_bias(tokens, features, outputs + outputs_over, "cuda")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         right = (sums + bias.to(dtype).float()).to(dtype)
-        assert torch.equal(linear_on_gpu(*operands, bias.to(dtype), 8, "wgmma", dtype), right), dtype
+        assert torch.equal(linear_on_gpu(*operands, bias.to(dtype), 8, backend, dtype), right), dtype
 
 
 @gpu
