@@ -404,8 +404,9 @@ class EndToEndStudy:
             kernels = f"{kernels}; for the prompt {kernels_of_prompt}"
         difference = checked._checked_difference(model if checked is self else checked.build(method, backend), method)
         size = model_bytes(model)
-        mode = self._fastest_mode(model, backend) if self.compile_mode == BEST_MODE else self.compile_mode
-        engine = self._engine(model, mode)
+        choose = self.compile_mode == BEST_MODE
+        engine = self._fastest_engine(model, backend) if choose else self._engine(model, self.compile_mode)
+        mode = engine.compile_mode
         self._warm_up(engine)
         if self.on_gpu:
             eager = self._engine(model, "none")
@@ -450,21 +451,29 @@ class EndToEndStudy:
         """The engine of this study's size, in one of COMPILE_MODES."""
         return Engine(model, self.batch_size, self.prompt_tokens, self.output_tokens[-1], mode)
 
-    def _fastest_mode(self, model: nn.Module, backend: str) -> str:
-        """The mode of those that compile with the shortest median step, each tried as it will be timed.
+    def _fastest_engine(self, model: nn.Module, backend: str) -> Engine:
+        """In the mode of those that compile with the shortest median step, each tried as it will be timed; nothing is captured.
 
         What needs more memory than there is in one of them may run in the other; torch.OutOfMemoryError where in neither.
         """
         steps_ms, failed = {}, None
         for mode in COMPILE_MODES[1:]:
+            engine = None  # the one before, and its cache
             try:
-                steps_ms[mode] = self._tried_ms(self._engine(model, mode), backend)
+                engine = self._engine(model, mode)
+                steps_ms[mode] = self._tried_ms(engine, backend)
+                engine.uncapture()
             except torch.OutOfMemoryError as error:
-                failed = error.with_traceback(None)  # whose frames hold what filled the memory
+                engine, failed = None, error.with_traceback(None)  # whose frames hold what filled the memory
             _free()
         if not steps_ms:
             raise failed
-        return min(steps_ms, key=steps_ms.get)
+        fastest = min(steps_ms, key=steps_ms.get)
+        if engine is None or engine.compile_mode != fastest:  # what is compiled lives until another engine compiles
+            engine = None
+            _free()
+            engine = self._engine(model, fastest)
+        return engine
 
     def _tried_ms(self, engine: Engine, backend: str) -> float:
         """The median of some steps; 0 where there are none."""

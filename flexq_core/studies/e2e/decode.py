@@ -81,7 +81,7 @@ class Engine:
     """A model that decodes exactly `output_tokens` tokens after prompts of one shape, whatever the tokens are.
 
     model: a causal language model, on the device where it runs.  batch_size, prompt_tokens, output_tokens: 1 or more.
-    compile_mode: one of COMPILE_MODES.
+    compile_mode: one of COMPILE_MODES; what other engines had compiled before is given up, and would be compiled anew.
     `generate` may be called at once; `warm_up` and then `capture` first make it fast on a GPU.
     """
 
@@ -90,6 +90,7 @@ class Engine:
     ) -> None:
         device = next(model.parameters()).device
         self.model, self.device, self.output_tokens = model, device, output_tokens
+        self.compile_mode = compile_mode
         longest = prompt_tokens + output_tokens
         self.cache, self._length = _cache(model.config, longest, device)
 
@@ -102,12 +103,12 @@ class Engine:
         self._at = torch.zeros(1, dtype=torch.long, device=device)  # of the token that the next step takes
         # OPT would ask the GPU how many positions there are; later ones are masked all the same.
         self._mask = torch.ones(batch_size, longest, dtype=torch.long, device=device)
-        self._prefill: Callable[[], None] = self._run_prefill
-        self._step: Callable[[], None] = self._run_step
+        self._launched_step: Callable[[], None] = self._run_step
         if compile_mode != "none":
             torch.compiler.reset()  # after eight models of one code torch would compile no more
             options = torch._inductor.list_mode_options(compile_mode) | _AS_EAGER
-            self._step = torch.compile(self._run_step, fullgraph=True, dynamic=False, options=options)
+            self._launched_step = torch.compile(self._run_step, fullgraph=True, dynamic=False, options=options)
+        self.uncapture()
 
     @_decodes
     def generate(self, prompt: Tensor, output_tokens: int = 0) -> Generation:
@@ -141,6 +142,7 @@ class Engine:
     @_decodes
     def capture(self) -> bool:
         """Capture prefill and step in CUDA graphs, after `warm_up`; False where this device or cache cannot."""
+        self.uncapture()
         if self.device.type != "cuda" or self._length is None:
             return False
         stream = torch.cuda.Stream(self.device)
@@ -156,6 +158,11 @@ class Engine:
             pool = graph.pool()
             setattr(self, name, graph.replay)
         return True
+
+    def uncapture(self) -> None:
+        """Give the graphs up, and with them what they hold of the GPU's memory: what is compiled stays."""
+        self._prefill: Callable[[], None] = self._run_prefill
+        self._step: Callable[[], None] = self._launched_step
 
     @_decodes
     def rehearse(self, steps: int) -> Callable[[], None]:
