@@ -211,6 +211,7 @@ struct Handover {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           parts[(part * kTokens + t * kTokenTile + 2 * q + i % 2) * kStride + half * 16 + g + i / 2 * 8] = sums[half][t][i];
+    // A lane arrives for its warp, whose accesses come before by __syncwarp. Racecheck counts only what arrives itself, and tells of races.
     __syncwarp();
     if (lane == 0) barrier_arrive(left);
 
