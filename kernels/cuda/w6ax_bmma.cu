@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(kWarps * 32, kOne ? 0 : 2) w6ax_bmma_kernel(co
   ring.start();
   const int lane = ring.lane, g = lane / 4, q = lane % 4;
 
+  // Once: there is a block a tile. From one tile to the next the ring would go on with other groups than this loop, see ring.cuh.
   for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
     float sums[2][kTokenTiles][4] = {};
     for (int group = ring.warp; group < p.groups; group += kWarps) {
