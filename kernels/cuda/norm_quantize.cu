@@ -8,6 +8,11 @@ namespace {
 
 constexpr int kMostWarps = 32;
 
+// Registers a thread. Of half precision with two groups a warp, so that a block has room beside one of w6ax_imma, of which 16 warps take
+// 36,864 of a multiprocessor's 65,536, for rows of up to 5632 features, and its loads need not wait for that one's end.
+template <class T, int kGroups>
+constexpr int kMostRegisters = kGroups == 2 && sizeof(T) == 2 ? 40 : 64;
+
 // The same number in every thread of the block. `partial` is written before the barrier and read after it: each sum needs its own.
 __device__ __forceinline__ float sum_of_block(float value, float (&partial)[kMostWarps], int warp, int lane, int warps) {
 #pragma unroll
@@ -21,11 +26,13 @@ __device__ __forceinline__ float sum_of_block(float value, float (&partial)[kMos
 }
 
 // kCentred: LayerNorm, round(weight * ((x - mean) / deviation) + bias); otherwise LLaMA's RMSNorm, round(weight * round(x / deviation)).
-// kGroups: that a warp takes, at most.
-template <class T, bool kCentred, int kGroups>
-__global__ void __launch_bounds__(kMostWarps * 32) norm_quantize_kernel(const __grid_constant__ Norm norm, const __grid_constant__ Records p,
-                                                                        bool vectors) {
+// kGroups: that a warp takes, at most. kUsual: of rows in vectors to codes in bytes, in two thirds of the instructions: they are fetched
+// anew at each launch, which is felt where a token is all there is.
+template <class T, bool kCentred, int kGroups, bool kUsual>
+__global__ void __maxnreg__((kMostRegisters<T, kGroups>))
+    norm_quantize_kernel(const __grid_constant__ Norm norm, const __grid_constant__ Records p, bool in_vectors) {
   allow_next_kernel();
+  const bool vectors = kUsual || in_vectors;
   __shared__ float partial[2][kMostWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, token = blockIdx.x, features = p.features;
   const auto first = [&](int i) { return (warp + i * warps) * kGroup + lane * 4; };  // this lane's numbers of its warp's group i
@@ -40,7 +47,7 @@ __global__ void __launch_bounds__(kMostWarps * 32) norm_quantize_kernel(const __
   wait_for_previous_kernel();
   if (token >= p.tokens) {
     float zeros[4] = {};
-    for (int group = warp; group < p.groups; group += warps) quantize_group(zeros, p, token, group, lane);
+    for (int group = warp; group < p.groups; group += warps) quantize_group<kUsual>(zeros, p, token, group, lane);
     return;
   }
 
@@ -106,7 +113,7 @@ __global__ void __launch_bounds__(kMostWarps * 32) norm_quantize_kernel(const __
       const float y = kCentred ? by[j] * normal + plus[j] : rounded_to<T>(normal) * by[j];
       value[i][j] = first(i) + j < features ? rounded_to<T>(y) : 0.0f;
     }
-    quantize_group(value[i], p, token, group, lane);
+    quantize_group<kUsual>(value[i], p, token, group, lane);
   }
 }
 
@@ -114,7 +121,9 @@ template <class T, bool kCentred, int kGroups>
 void run(const char* what, const Norm& norm, const Records& records, cudaStream_t stream) {
   const bool vectors = in_vectors<T>(records.features, {norm.x, norm.residual, norm.sum, {norm.weight, 0}, {norm.bias, 0}});
   const int warps = (records.groups + kGroups - 1) / kGroups;
-  launch(what, norm_quantize_kernel<T, kCentred, kGroups>, dim3(padded_tokens(records)), warps * 32, 0, 1, stream, norm, records, vectors);
+  const bool usual = vectors && records.order != Order::planes;
+  const auto kernel = usual ? norm_quantize_kernel<T, kCentred, kGroups, true> : norm_quantize_kernel<T, kCentred, kGroups, false>;
+  launch(what, kernel, dim3(padded_tokens(records)), warps * 32, 0, 1, stream, norm, records, vectors);
 }
 
 template <bool kCentred>

@@ -176,12 +176,14 @@ struct Place {
 };
 
 // Writes codes and scale of group `group` of a token, of which this lane holds numbers 4 lane to 4 lane + 3. By a whole warp.
+// kNoPlanes: that the order is none of bit planes, for code that need not have both.
+template <bool kNoPlanes = false>
 __device__ __forceinline__ void quantize_group(float (&value)[4], const Records& p, int token, int group, int lane) {
   uint32_t code[4];
   const float scale = quantize(value, __reduce_max_sync(0xffffffffu, largest_bits(value)), p.bits, code);
   const Place place(p, token, group);
   const int m = place.m;
-  if (p.order != Order::planes) {
+  if (kNoPlanes || p.order != Order::planes) {
     const int unit = lane / 16 * 4 + lane % 4, q = lane % 16 / 4;  // word `unit` of lane q of the weights
     const int at = p.order == Order::bytes ? lane / 16 * 512 + m * 64 + lane % 16 * 4 : m * kGroup + (unit ^ m) * 16 + q * 4;
     *reinterpret_cast<uint32_t*>(place.tile + at) = lowest_bytes(code[0], code[1], code[2], code[3]);

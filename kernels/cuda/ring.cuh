@@ -187,7 +187,7 @@ struct Handover {
   static constexpr int kSharedBytes = kPartBytes + 2 * 8;
 
   float* parts;
-  uint64_t *left, *added;  // barriers of all warps
+  uint64_t *left, *added;  // barriers of all threads
 
   __device__ __forceinline__ explicit Handover(uint8_t* shared)
       : parts(reinterpret_cast<float*>(shared)), left(reinterpret_cast<uint64_t*>(shared + kPartBytes)), added(left + 1) {}
@@ -195,8 +195,8 @@ struct Handover {
   // By all threads, which meet after it before they store.
   __device__ __forceinline__ void start() {
     if (threadIdx.x > 0) return;
-    barrier_init(left, kWarps);
-    barrier_init(added, kWarps);
+    barrier_init(left, kWarps * 32);
+    barrier_init(added, kWarps * 32);
     barriers_are_ready();
   }
 
@@ -211,9 +211,7 @@ struct Handover {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           parts[(part * kTokens + t * kTokenTile + 2 * q + i % 2) * kStride + half * 16 + g + i / 2 * 8] = sums[half][t][i];
-    // A lane arrives for its warp, whose accesses come before by __syncwarp. Racecheck counts only what arrives itself, and tells of races.
-    __syncwarp();
-    if (lane == 0) barrier_arrive(left);
+    barrier_arrive(left);
 
     const int n = output_tile * kChunkRows + lane, first = token_tile * kTokens, tokens = min(kTokens, p.tokens - first);
     const int mine = (warp + turn) % kWarps;  // another one each time
@@ -226,9 +224,8 @@ struct Handover {
         for (int w = 0; w < kWarps; ++w) sum += parts[(w * kTokens + m) * kStride + lane];
         if (n < p.outputs) store_float(p.y, int64_t(first + m) * p.outputs + n, p.y_type, finish(sum * unit));
       }
-      __syncwarp();
     }
-    if (lane == 0) barrier_arrive(added);
+    barrier_arrive(added);
   }
 };
 

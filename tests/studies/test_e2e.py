@@ -4,6 +4,7 @@ import copy
 import gc
 import warnings
 import weakref
+from contextlib import nullcontext
 
 import pandas as pd
 import pytest
@@ -37,7 +38,7 @@ from flexq_core.studies.e2e import (
     steps,
 )
 from flexq_core.studies.e2e import __main__ as command
-from flexq_core.studies.e2e.decode import Engine, Generation, cache_bytes, generate, total_ms
+from flexq_core.studies.e2e.decode import Engine, Generation, cache_bytes, capturing, generate, total_ms
 from flexq_core.studies.e2e.linears import DynamicInt8Linear, Int8WeightLinear, block_weight_bytes, model_bytes
 from flexq_core.workbook.records import Skipped, read_jsonl
 from tests.models import CONFIGS, tiny_model
@@ -695,6 +696,28 @@ def once(load):
         return load(study)
 
     return wrapped
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_no_graph_ends_while_another_is_captured(monkeypatch, collects):
+    """Neither one whose engine ended before, nor one that could be collected within; and then the collector does as it did."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "graph", lambda *given, **options: nullcontext(taken.append((given, options))))
+    engine, graph = Engine(tiny_model("llama"), 1, 2, 3), nn.Module()
+    engine._step = graph.forward  # as a replay
+    engine.circle, ended = engine, weakref.ref(graph)
+    del engine, graph
+    before = gc.isenabled()
+    (gc.enable if collects else gc.disable)()
+    try:
+        with pytest.raises(ZeroDivisionError), capturing("graph", pool="pool"):  # noqa: PT012
+            assert ended() is None
+            assert not gc.isenabled()
+            1 / 0  # noqa: B018 - as a capture that fails
+        assert gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert taken == [(("graph",), {"pool": "pool"})]
 
 
 @pytest.mark.gpu

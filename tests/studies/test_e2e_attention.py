@@ -10,7 +10,7 @@ import transformers
 from transformers.integrations import sdpa_attention
 
 from flexq_core.studies.e2e import attention
-from flexq_core.studies.e2e.decode import Engine
+from flexq_core.studies.e2e.decode import Engine, capturing
 from tests.models import CONFIGS, tiny_model
 
 
@@ -179,7 +179,7 @@ def test_eager_compiled_and_captured_give_the_same_bits_each_time():
     expected = attend()
     compiled = torch.compile(attend, fullgraph=True)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         captured = attend()
     for _ in range(3):
         graph.replay()

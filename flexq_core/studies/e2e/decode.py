@@ -7,8 +7,10 @@ On a processor both are called.
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,23 @@ _WARM_UP_STEPS = 2
 def _decodes(function: Callable[..., Any]) -> Callable[..., Any]:
     """Run without gradients, and with attention that gives the same each time."""
     return torch.no_grad()(sdpa_kernel(_REPEATABLE)(function))
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
+    """torch.cuda.graph with these options, while nothing is collected: a graph that ends within makes CUDA give the capture up.
+
+    Engines and their compiled code refer to each other in circles, so that only the collector ends what one had captured.
+    """
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, **options):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -153,7 +172,7 @@ class Engine:
         pool = None
         for name in ("_prefill", "_step"):
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            with capturing(graph, pool=pool, stream=stream):
                 getattr(self, name)()
             pool = graph.pool()
             setattr(self, name, graph.replay)
