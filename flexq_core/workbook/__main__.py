@@ -66,8 +66,11 @@ def _demo(_: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
+    given = _from_here({"model": options.model, "data_dir": options.data_dir})
+    if given["data_dir"] and not Path(given["data_dir"]).is_dir():
+        raise ParameterError(f"data_dir is {options.data_dir!r}; accepted: a folder that exists")
     print(f"Notebooks on {options.model}; what is on record is not computed again.")
-    return _finish(execute_all(reproduction(options.model, options.data_dir), stop_at_failure=True))
+    return _finish(execute_all(reproduction(**given), stop_at_failure=True))
 
 
 def _finish(well: bool) -> int:
@@ -78,7 +81,7 @@ def _finish(well: bool) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    copy = execute(options.notebook, {name: _value(value) for name, value in options.p})
+    copy = execute(options.notebook, _from_here({name: _value(value) for name, value in options.p}))
     print(copy)
     return 0
 
@@ -111,6 +114,24 @@ def _readme(_: argparse.Namespace) -> int:
     readme = paths.ROOT / "README.md"
     write_atomically(readme, readme_with_results(readme.read_text(encoding="utf-8"), load_reference()))
     return 0
+
+
+def _from_here(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Folders and plan files that lie where the command was given, by their whole paths: notebooks run in their own folder.
+
+    A model is a folder where it is written as a path (./mine): a bare name is a model's.
+    """
+
+    def whole(name: str, value: Any) -> Any:
+        place = Path(value).expanduser() if isinstance(value, str) and value else None
+        here = place is not None and (
+            (name in ("data_dir", "records") and place.is_dir())
+            or (name == "model" and "/" in value and place.is_dir())
+            or (name == "plan" and place.is_file())
+        )
+        return str(place.resolve()) if here else value
+
+    return {name: whole(name, value) for name, value in parameters.items()}
 
 
 def _value(text: str) -> Any:

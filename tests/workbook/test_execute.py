@@ -8,7 +8,7 @@ import pytest
 from nbformat import v4
 
 from flexq_core.workbook import ParameterError, paths
-from flexq_core.workbook.__main__ import main
+from flexq_core.workbook.__main__ import _from_here, main
 from flexq_core.workbook.execute import DEMO, execute, execute_all, reproduction
 from flexq_core.workbook.run import check_parameters
 
@@ -51,6 +51,31 @@ def test_a_notebook_runs_with_this_python_and_what_was_passed(folder, capsys):
     assert printed(copy) == f"org/name 3 {sys.executable} 1 story\n"
     assert dict(os.environ) == before
     assert (paths.NOTEBOOKS / "good.ipynb").read_bytes() == source
+
+
+@pytest.mark.parametrize("model", ["./here", "../mine/here", "here"])
+def test_a_folder_is_found_from_where_the_command_was_given(folder, tmp_path, monkeypatch, model):
+    """But a bare name is a model's."""
+    (tmp_path / "mine" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    assert main(["run", "good", "-p", "model", model]) == 0
+    (copy,) = folder.glob("good-*.ipynb")
+    assert printed(copy).split()[0] == (str(tmp_path / "mine" / "here") if "/" in model else model)
+    assert _from_here({"data_dir": "here", "dataset": "here"})["data_dir"] == str(tmp_path / "mine" / "here")
+
+
+def test_a_plan_is_found_from_where_the_command_was_given_if_it_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w6a6").mkdir()
+    (tmp_path / "mine.json").touch()
+    assert _from_here({"plan": "w6a6", "count": "mine.json"}) == {"plan": "w6a6", "count": "mine.json"}
+    assert _from_here({"plan": "mine.json"}) == {"plan": str(tmp_path / "mine.json")}
+
+
+def test_nothing_is_reproduced_from_a_folder_that_is_not_there(folder, capsys):
+    assert main(["reproduce", "demo-llama", "--data-dir", "nowhere"]) == 1
+    assert capsys.readouterr() == ("", "data_dir is 'nowhere'; accepted: a folder that exists\n")
+    assert not folder.exists()
 
 
 def test_a_failure_keeps_the_partial_copy_and_the_status_says_so(folder, capsys):
