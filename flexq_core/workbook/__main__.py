@@ -116,22 +116,24 @@ def _readme(_: argparse.Namespace) -> int:
     return 0
 
 
+_PLACES = {"model": Path.is_dir, "data_dir": Path.is_dir, "records": Path.is_dir, "plan": Path.is_file}
+"""Parameters that may name a folder or a file, and whether it is there."""
+
+
 def _from_here(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Folders and plan files that lie where the command was given, by their whole paths: notebooks run in their own folder.
+    """What lies where the command was given, by its whole path: notebooks run in their own folder.
 
     A model is a folder where it is written as a path (./mine): a bare name is a model's.
     """
-
-    def whole(name: str, value: Any) -> Any:
-        place = Path(value).expanduser() if isinstance(value, str) and value else None
-        here = place is not None and (
-            (name in ("data_dir", "records") and place.is_dir())
-            or (name == "model" and "/" in value and place.is_dir())
-            or (name == "plan" and place.is_file())
-        )
-        return str(place.resolve()) if here else value
-
-    return {name: whole(name, value) for name, value in parameters.items()}
+    found = dict(parameters)
+    for name, is_there in _PLACES.items():
+        value = found.get(name)
+        if not isinstance(value, str) or not value or (name == "model" and "/" not in value):
+            continue
+        place = Path(value).expanduser()
+        if is_there(place):
+            found[name] = str(place.resolve())
+    return found
 
 
 def _value(text: str) -> Any:
