@@ -226,7 +226,9 @@ class _MadeAnew(torch.nn.ModuleList):
 @contextmanager
 def _seeded(seed: int, device: str) -> Iterator[None]:
     """Tensors are made on this device, at random but the same each time; what others draw is left as it was."""
-    with torch.random.fork_rng(devices=[] if torch.device(device).type == "cpu" else None), torch.device(device):
+    # Without a list torch warns where there are several.
+    cards = 0 if torch.device(device).type == "cpu" else torch.cuda.device_count()
+    with torch.random.fork_rng(devices=range(cards)), torch.device(device):
         torch.manual_seed(seed)
         yield
 

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from flexq_core.runtime import ops
+from flexq_core.sources.models import ModelError
 from flexq_core.studies.e2e import BEST_MODE, METHODS, WEIGHTS, EndToEndStudy, claims, processes
 from flexq_core.studies.e2e.decode import COMPILE_MODES
 from flexq_core.studies.e2e.parallel import ParallelStudy
@@ -76,7 +77,7 @@ def _measure(arguments: list[str] | None, device: str) -> int:
                 run, **options, **dict(zip(_SIZES, sizes[0], strict=True))
             )
             studies = [first.resized(*size) for size in sizes]  # what is wrong with one is said before any is measured
-        except ValueError as error:
+        except (ModelError, ValueError) as error:
             parser.error(str(error))
         while studies:
             study = studies.pop(0)  # so that what it computes goes with it
