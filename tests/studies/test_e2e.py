@@ -585,8 +585,8 @@ def test_a_product_has_a_name_that_a_reader_knows(kernel, name):
         ("fmha_cutlassF_f16_aligned_64x128_rf_sm80", "attention"),
         ("void pytorch_flash::flash_fwd_splitkv_kernel", "attention"),
         ("triton_per_fused__softmax_add_2", "attention"),
-        ("attention_part_kernel", "attention"),
-        ("attention_add_kernel", "attention"),
+        ("void flexq::w6ax_imma_row_kernel<16, 3>", "gemm"),
+        ("attention_kernel", "attention"),
         ("triton_poi_fused_cat_index_copy_one_token_attention_3", "other"),
         ("void flexq::norm_quantize_kernel<__half>", "other"),
         ("Memcpy DtoD (Device -> Device)", "other"),
@@ -645,6 +645,9 @@ def test_the_command_line_measures_keeps_records_and_names_what_is_wrong(tmp_pat
     with pytest.raises(SystemExit):
         command.main(["--model", "demo-llama", "--repeats", "0"])
     assert "repeats is 0; accepted: 1 or more" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--model", "demo-lama"])
+    assert "Did you mean 'demo-llama'?" in capsys.readouterr().err
 
 
 def test_the_command_line_sweeps_batch_sizes_and_prompts(tmp_path, capsys, monkeypatch):
@@ -724,12 +727,14 @@ def test_no_graph_ends_while_another_is_captured(monkeypatch, collects):
 @pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize("backend", ["auto", "bmma"])
 @pytest.mark.parametrize("ours", [False, True])
-def test_captured_steps_write_the_eager_models_tokens(architecture, backend, ours):
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_captured_steps_write_the_eager_models_tokens(architecture, backend, ours, batch_size):
+    """With one sequence a step is the product of a row."""
     model = quantize_model(tiny_model(architecture).cuda().half(), "flexq", backend=backend)
     model.set_attn_implementation(attention.implementation("cuda" if ours else "cpu"))
-    ids = prompt().cuda()
+    ids = prompt().cuda()[:batch_size]
     for each in (model, fuse_(copy.deepcopy(model))):
-        engine = Engine(each, 2, 7, 9)
+        engine = Engine(each, batch_size, 7, 9)
         expected = engine.generate(ids).tokens
         engine.warm_up(ids)
         assert engine.capture() == (architecture != "mistral")  # whose cache slides

@@ -169,6 +169,22 @@ def test_one_mask_serves_all_sequences_and_must_be_of_truth_values():
 
 
 @gpu
+def test_what_is_captured_first_counts_in_memory_of_its_own():
+    """Of so many heads none was computed before; then others are, on memory that the graph has given back or has not."""
+    graphs = []
+    for seed in range(3):
+        query, key, value = (x.cuda() for x in tensors(7, 11, 11, 1, 300 + seed, 64, torch.float16))
+        graphs.append((torch.cuda.CUDAGraph(), (query, key, value)))
+        with capturing(graphs[-1][0]):
+            graphs[-1] += (attention.one_token_attention(query, key, value, None, 0.1),)
+    for _ in range(2):
+        for graph, inputs, found in graphs:
+            found.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(found, attention.one_token_attention(*inputs, None, 0.1))
+
+
+@gpu
 def test_eager_compiled_and_captured_give_the_same_bits_each_time():
     query, key, value = (x.cuda() for x in tensors(2, 8, 4, 1, 700, 128, torch.float16))
     mask = (torch.arange(700) < 650).cuda().expand(2, 1, 1, 700)

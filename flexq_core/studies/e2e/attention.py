@@ -4,8 +4,8 @@ With one token there is one row of scores a head, and torch has three fused ways
 which the empty places of a static cache want; the memory-efficient one gives a head to one multiprocessor, 52 µs a layer of
 LLaMA-13B with 1152 places on an H200; and cuDNN's, which torch prefers there (14 µs), adds up parts in no fixed order, so that
 after a near tie the same model writes another text each time. Here the keys of a head are shared among blocks (split-KV, as in
-Flash-Decoding) whose parts are added in their order, empty places are not read, and the bits are the same eager, compiled and
-captured.
+Flash-Decoding) whose parts the last of them adds in their order, empty places are not read, and the bits are the same eager,
+compiled and captured.
 """
 
 from __future__ import annotations

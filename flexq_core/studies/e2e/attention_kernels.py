@@ -1,4 +1,4 @@
-"""The two kernels of `one_token_attention`, in Triton, which comes with torch for GPUs: imported where there is one."""
+"""The kernel of `one_token_attention`, in Triton, which comes with torch for GPUs: imported where there is one."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_KEYS_AT_ONCE = 64
+_KEYS_AT_ONCE = 128
 _MOST_PARTS = 32
 _LOG2_E = 1.4426950408889634
 _NO_SCORE = tl.constexpr(-1e30)  # of a part without keys: finite, so that differences are
 
 
 @triton.jit
-def attention_part_kernel(
-    query, key, value, mask, sums, peaks, weights,  # sums [heads, parts, D], peaks and weights [heads, parts], float32
+def attention_kernel(
+    query, key, value, mask, found,
+    sums, peaks, weights, finished,  # sums [heads, parts, D], peaks and weights [heads, parts], float32; finished [heads], int32
     scale, places, heads, group,  # scale with log2 e; heads of a sequence; of them those of a key's head
     query_b, query_h, key_b, key_h, key_n, value_b, value_h, value_n, mask_b, mask_n,  # strides
-    parts: tl.constexpr, steps: tl.constexpr, keys_at_once: tl.constexpr,
+    parts: tl.constexpr, parts_at_once: tl.constexpr, steps: tl.constexpr, keys_at_once: tl.constexpr,
     features: tl.constexpr, features_at_once: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """Of one head `steps` times `keys_at_once` keys: their weighted values, their weights' sum, and the largest score."""
+    """Of one head `steps` times `keys_at_once` keys: their weighted values, their weights' sum, and the largest score.
+
+    The block that finishes last of a head's adds up all parts, in their order, and leaves `finished` at zero again.
+    """
     head, part = tl.program_id(0), tl.program_id(1)
     b, h = (head // heads).to(tl.int64), head % heads  # a cache may have more than 2^31 numbers
     d = tl.arange(0, features_at_once)
@@ -50,25 +54,33 @@ def attention_part_kernel(
     tl.store(sums + at * features + d, total, mask=real)
     tl.store(peaks + at, peak)
     tl.store(weights + at, weight)
+    tl.debug_barrier()  # what all threads of this block have written is seen by whoever sees it counted
+    if tl.atomic_add(finished + head, 1, sem="acq_rel") == parts - 1:
+        i = tl.arange(0, parts_at_once)
+        there = i < parts
+        at_all = head * parts + i
+        peak_of = tl.load(peaks + at_all, mask=there, other=_NO_SCORE)
+        factor = tl.where(there, tl.exp2(peak_of - tl.max(peak_of, 0)), 0.0)
+        weight = tl.sum(factor * tl.load(weights + at_all, mask=there, other=0.0), 0)
+        both = there[:, None] & real[None, :]
+        part_sums = tl.load(sums + at_all[:, None] * features + d[None, :], mask=both, other=0.0)
+        total = tl.sum(factor[:, None] * part_sums, 0)
+        tl.store(found + head * features + d, tl.where(weight == 0, 0.0, total / weight), mask=real)
+        tl.store(finished + head, 0)
 
 
-@triton.jit
-def attention_add_kernel(
-    sums, peaks, weights, found,
-    parts: tl.constexpr, parts_at_once: tl.constexpr, features: tl.constexpr, features_at_once: tl.constexpr,
-):  # fmt: skip
-    """Of one head the sum of its parts."""
-    head = tl.program_id(0)
-    d, part = tl.arange(0, features_at_once), tl.arange(0, parts_at_once)
-    there = part < parts
-    at = head * parts + part
-    peak = tl.load(peaks + at, mask=there, other=_NO_SCORE)
-    factor = tl.where(there, tl.exp2(peak - tl.max(peak, 0)), 0.0)
-    weight = tl.sum(factor * tl.load(weights + at, mask=there, other=0.0), 0)
-    both = there[:, None] & (d < features)[None, :]
-    part_sums = tl.load(sums + at[:, None] * features + d[None, :], mask=both, other=0.0)
-    total = tl.sum(factor[:, None] * part_sums, 0)
-    tl.store(found + head * features + d, tl.where(weight == 0, 0.0, total / weight), mask=d < features)
+_zeros: dict[tuple[torch.device, int], Tensor] = {}
+"""What kernels count in: zeros, and zeros again when a kernel ends, so that nothing need be launched to make them. One kernel of
+a device runs after the other: nobody here has two streams."""
+
+
+def _finished(device: torch.device, count: int) -> Tensor:
+    if (device, count) not in _zeros:
+        made = torch.zeros(count, dtype=torch.int32, device=device)
+        if torch.cuda.is_current_stream_capturing():  # memory of the graph's own, which another may not have
+            return made
+        _zeros[device, count] = made
+    return _zeros[device, count]
 
 
 def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -84,14 +96,13 @@ def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     peaks, weights = sums.new_empty(batch * heads, parts), sums.new_empty(batch * heads, parts)
     found = query.new_empty(batch, 1, heads, features)
     shown = query if mask is None else mask.expand(batch, 1, 1, places).view(torch.uint8)
-    shape = {"features": features, "features_at_once": triton.next_power_of_2(features), "parts": parts}
     with torch.cuda.device_of(query):  # Triton launches on the current one
-        attention_part_kernel[batch * heads, parts](
-            query, key, value, shown, sums, peaks, weights,
+        attention_kernel[batch * heads, parts](
+            query, key, value, shown, found,
+            sums, peaks, weights, _finished(query.device, batch * heads),
             scale * _LOG2_E, places, heads, heads // key.shape[1],
             *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], shown.stride(0), shown.stride(-1),
-            steps=steps, keys_at_once=_KEYS_AT_ONCE, masked=mask is not None, **shape,
+            parts=parts, parts_at_once=triton.next_power_of_2(parts), steps=steps, keys_at_once=_KEYS_AT_ONCE,
+            features=features, features_at_once=triton.next_power_of_2(features), masked=mask is not None,
         )  # fmt: skip
-        parts_at_once = triton.next_power_of_2(parts)
-        attention_add_kernel[(batch * heads,)](sums, peaks, weights, found, parts_at_once=parts_at_once, **shape)
     return found

@@ -18,7 +18,7 @@ PARTS = ("gemm", "attention", "other")
 """Of a step: matrix products, attention, and all else (norms, quantisation, rotary embeddings, caches, sampling)."""
 
 _NAMES = {
-    "attention": ("fmha", "flash", "softmax", "attention_part_kernel", "attention_add_kernel"),
+    "attention": ("fmha", "flash", "softmax", "attention_kernel"),
     "gemm": ("w6ax", "gemm", "gemv", "nvjet", "cutlass", "xmma", "_mm", "splitk", "split_k", "cublas"),
 }
 _LAUNCHERS = ("cutlass::Kernel", "cutlass::Kernel2", "cutlass::device_kernel")
