@@ -10,10 +10,11 @@
 // instruction takes three cycles instead of 1.4. A group of a tile is 1024 cycles of tensor cores and 2 x 530 instructions a scheduler:
 // 341 of these fit into those cycles, and the others take as long again. Without the conversions it would be 12% faster, but both ways
 // to spare them cost as much: sums that start at kMagicBits are read once more, and sums that start at a product of constants, so large
-// that none is negative and the bits are those of a denormal number, take a k-step more (in every second unit it gains 3%).
+// that none is negative and the bits are those of a denormal number, take a k-step more (in every second unit it gains 3%). With up to
+// 128 tokens the tensor cores have the time: there sums start at kMagicBits, which gains 1 to 3%.
 //
-// Where there are fewer tiles than multiprocessors, a cluster of blocks shares the groups of a tile, and each block adds up its share of
-// the tokens from its neighbours' shared memory, in their order: the result does not depend on timing.
+// Where a cluster of blocks is sooner done it shares the groups of a tile (see `Plan`), and each block adds up its share of the tokens from
+// its neighbours' shared memory, in their order: the result does not depend on timing.
 #include <cooperative_groups.h>
 
 #include "expand.cuh"
@@ -28,8 +29,7 @@ namespace {
 constexpr int kRows = 128;       // of a tile
 constexpr int kTeamWarps = 8;    // two warpgroups
 constexpr int kMostSplit = 8;    // blocks of a cluster
-constexpr int kLeastGroups = 4;  // of a block of a cluster
-constexpr int kFewGroups = 48;   // with which clusters' adding up takes longer than reading less saves
+constexpr int kLeastGroups = 8;  // of a team, in a cluster
 constexpr int kMostRecordTokens = 128;
 constexpr int kFileRegisters = 65536, kFetchRegisters = 24;  // of a multiprocessor; of a fetching thread
 
@@ -48,6 +48,9 @@ struct Shape {
   static constexpr int kAllotted = kFileRegisters / (kThreads * kBlocksAtOnce) / 8 * 8;
   static_assert(kConsumers * kRegisters + 128 * kFetchRegisters <= kThreads * kAllotted, "no warp waits for registers for ever");
   static constexpr bool kManyTiles = kTokens == 256;  // a block takes more than one where there are more than blocks at once
+  // Time of a group, and of all else that a tile takes, in that of a group of one team and up to 128 tokens: as an H200's times of the
+  // paper's layers, in clusters of 1 to 8 blocks, have it.
+  static constexpr float kGroupTime = kTokens == 256 ? 1.63f : kTeams == 2 ? 0.65f : 1.0f, kTileTime = kTokens == 256 ? 27.0f : 17.0f;
   static constexpr int kChunks = kRows / kChunkRows;
   static constexpr int kRecordTokens = kTokens < kMostRecordTokens ? kTokens : kMostRecordTokens, kRecords = kTokens / kRecordTokens;
   static constexpr int kRecordBytes = activation_record_bytes(Order::swizzled, 8, kRecordTokens / kTokenTile);
@@ -189,6 +192,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThrea
 #if __CUDA_ARCH__ >= 900  // the host never launches it elsewhere
   using Parts = Shape<kTokens, kUnit, kTeams, kStages>;
   constexpr int kUnits = kTokens / kUnit, kUnitsOfRecord = kUnits / Parts::kRecords, kBuffers = kUnits > 1 ? 2 : 1;
+  constexpr bool kMagicStart = kTokens <= 128;
   constexpr bool kLateFinish = kTokens >= 64;  // with many tokens registers are short, and time is not
   // Of a stage's bytes.
   const auto codes_at = [](int unit) { return unit / kUnitsOfRecord * Parts::kRecordStride + unit % kUnitsOfRecord * kUnit * kGroup; };
@@ -286,12 +290,17 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThrea
       if (team < groups) load_words();
       for (int step = team; step < groups; step += kTeams) {
         const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(here + chunk_at + kCodeBytes + g * 8 + warp % 2 * 4));
+        const float2 start = make_float2(-kMagic * sw.x, -kMagic * sw.y);
         const uint8_t* sx = here + Parts::kRecordTokens * kGroup + q * 16;
         const uint64_t tokens = swizzled_operand(shared_address(here));
         const auto multiply = [&](int unit) {
+          int32_t(&sum)[kUnit / 2] = inner[unit % kBuffers];
+          if constexpr (kMagicStart)
+#pragma unroll
+            for (int e = 0; e < kUnit / 2; ++e) sum[e] = kMagicBits;
           wgmma_fence();
 #pragma unroll
-          for (int s = 0; s < 4; ++s) wgmma_s8<kUnit>(inner[unit % kBuffers], a[s], tokens + (codes_at(unit) + 32 * s) / 16, s > 0);
+          for (int s = 0; s < 4; ++s) wgmma_s8<kUnit>(sum, a[s], tokens + (codes_at(unit) + 32 * s) / 16, kMagicStart || s > 0);
           wgmma_commit();
         };
         uint64_t* const done = empty + stage;
@@ -316,7 +325,9 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThrea
           }
           float scaled_sum[kUnit / 2];
 #pragma unroll
-          for (int e = 0; e < kUnit / 2; ++e) scaled_sum[e] = __int2float_rn(sum[e]) * (e % 4 < 2 ? sw.x : sw.y);
+          for (int e = 0; e < kUnit / 2; ++e)
+            scaled_sum[e] = kMagicStart ? scaled(sum[e], e % 4 < 2 ? sw.x : sw.y, e % 4 < 2 ? start.x : start.y)
+                                               : __int2float_rn(sum[e]) * (e % 4 < 2 ? sw.x : sw.y);
 #pragma unroll
           for (int j = 0; j < kUnit / 16; ++j) {
             const float4 of_four = j < kEarlyScales ? early[j] : scales[4 * j];
@@ -348,37 +359,65 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kTeams, kStages>::kThrea
 #endif
 }
 
-int tiles_of(const Linear& p, int tokens) { return (p.outputs + kRows - 1) / kRows * ((p.tokens + tokens - 1) / tokens); }
+// How many blocks share the groups of a tile, and how long all tiles then take: those that run at once, round by round.
+struct Plan {
+  int split;
+  float time;
+};
 
 template <int kTokens, int kUnit, int kTeams, int kStages>
-void run(const Linear& p, cudaStream_t stream) {
+struct Variant {
   using Parts = Shape<kTokens, kUnit, kTeams, kStages>;
-  const auto kernel = w6ax_wgmma_kernel<kTokens, kUnit, kTeams, kStages>;
-  const int at_once = blocks_at_once("w6ax_wgmma", kernel, Parts::kThreads, Parts::kSharedBytes);
-  const int tiles = tiles_of(p, kTokens);
-  int split = kMostSplit;  // the most with which all clusters run at once and each block has a few groups to itself
-  while (split > 1 && (p.groups < kLeastGroups * split ||
-                       tiles > clusters_at_once("w6ax_wgmma", kernel, Parts::kThreads, Parts::kSharedBytes, split)))
-    --split;
-  // Float32 outputs are stored through the stages, so that a block has no more than one tile of them.
-  const bool many_tiles = Parts::kManyTiles && split == 1 && p.y_type != Float::f32;
-  const int blocks = many_tiles && tiles > at_once ? at_once : tiles * split;
-  const int token_tiles = (p.tokens + kTokens - 1) / kTokens;
-  launch("w6ax_wgmma", kernel, dim3(blocks), Parts::kThreads, Parts::kSharedBytes, split, stream, p, token_tiles, tiles, split);
+  static constexpr auto kKernel = w6ax_wgmma_kernel<kTokens, kUnit, kTeams, kStages>;
+
+  static int at_once() { return blocks_at_once("w6ax_wgmma", kKernel, Parts::kThreads, Parts::kSharedBytes); }
+
+  static int tiles(const Linear& p) { return (p.outputs + kRows - 1) / kRows * ((p.tokens + kTokens - 1) / kTokens); }
+
+  static Plan plan(const Linear& p) {
+    const int blocks = at_once();
+    Plan best{};
+    for (int split = 1; split <= kMostSplit && (split == 1 || p.groups >= kLeastGroups * kTeams * split); ++split) {
+      const int clusters = split == 1 ? blocks : clusters_at_once("w6ax_wgmma", kKernel, Parts::kThreads, Parts::kSharedBytes, split);
+      if (clusters == 0) break;
+      const int rounds = (tiles(p) + clusters - 1) / clusters, groups = (p.groups + split - 1) / split;
+      const float time = rounds * (groups * Parts::kGroupTime + Parts::kTileTime);
+      if (split == 1 || time < best.time) best = {split, time};
+    }
+    return best;
+  }
+
+  static void run(const Linear& p, int split, cudaStream_t stream) {
+    // Float32 outputs are stored through the stages, so that a block has no more than one tile of them.
+    const bool many_tiles = Parts::kManyTiles && split == 1 && p.y_type != Float::f32;
+    const int count = tiles(p), most = at_once(), blocks = many_tiles && count > most ? most : count * split;
+    const int token_tiles = (p.tokens + kTokens - 1) / kTokens;
+    launch("w6ax_wgmma", kKernel, dim3(blocks), Parts::kThreads, Parts::kSharedBytes, split, stream, p, token_tiles, count, split);
+  }
+};
+
+// The fastest of the variants.
+template <class First, class... Others>
+void run_fastest(const Linear& p, cudaStream_t stream) {
+  Plan best = First::plan(p);
+  auto run = First::run;
+  const auto consider = [&](Plan plan, decltype(run) other) {
+    if (plan.time < best.time) best = plan, run = other;
+  };
+  (consider(Others::plan(p), Others::run), ...);
+  run(p, best.split, stream);
 }
 
 }  // namespace
 
 void w6ax_wgmma(const Linear& p, int token_tiles, cudaStream_t stream) {
-  const int multiprocessors = multiprocessor_count("w6ax_wgmma");
   switch (token_tiles) {
-    case 2: return run<16, 16, 1, 5>(p, stream);
-    case 4: return run<32, 32, 1, 4>(p, stream);
+    case 2: return run_fastest<Variant<16, 16, 1, 5>>(p, stream);
+    case 4: return run_fastest<Variant<32, 32, 1, 4>>(p, stream);
     case 8:  // two blocks at once take more tiles at once, one of two teams adds up with fewer neighbours
-      return tiles_of(p, 64) > multiprocessors ? run<64, 64, 1, 5>(p, stream) : run<64, 64, 2, 8>(p, stream);
-    case 16:  // the larger tile reads less, the smaller takes less adding up
-      if (p.tokens <= 128 || (p.groups <= kFewGroups && tiles_of(p, 128) <= multiprocessors)) return run<128, 128, 1, 7>(p, stream);
-      return run<256, 64, 1, 4>(p, stream);
+      return run_fastest<Variant<64, 64, 1, 5>, Variant<64, 64, 2, 8>>(p, stream);
+    case 16:  // the larger tile reads less, the smaller is sooner done where tiles are few
+      return run_fastest<Variant<128, 128, 1, 7>, Variant<256, 64, 1, 4>>(p, stream);
     default: throw std::invalid_argument("token_tiles is " + std::to_string(token_tiles) + "; accepted: 2, 4, 8, 16");
   }
 }
