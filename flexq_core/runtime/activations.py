@@ -100,6 +100,24 @@ def w6ax_linear_quantized(
     return _w6ax_linear_quantized(records, tokens, *operands, *reader)
 
 
+def norm_linear(
+    x: Tensor,
+    norm: cuda.Norm,
+    chunks: Tensor,
+    weight_exponent: Tensor,
+    bias: Tensor | None,
+    activation_bits: int,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A layer's product with the norm of h = x + residual, and h, of one token: for `imma` nothing is quantised ahead.
+
+    x: [1, K] float16 or bfloat16.  residual: [1, K], or None, then h is x itself.  The rest as for `cuda.linear_of_row`.
+    Returns [1, N] and [1, K] of x's type.
+    """
+    y, total = _norm_linear(x, residual, *norm, chunks, weight_exponent, bias, activation_bits)
+    return y, x if residual is None else total
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As transformers computes it: [..., K] normalised in float32, rounded to x's type, times weight."""
     values = x.float()
@@ -245,3 +263,25 @@ def _w6ax_linear_quantized(
     if tokens:
         cuda.linear(records, tokens, weight, weight_exponent, bias, activation_bits, kernel, out)
     return out
+
+
+def _product_and_sum(x, residual, weight, norm_bias, eps, centred, chunks, weight_exponent, bias, activation_bits):
+    return x.new_empty(1, weight_exponent.shape[0]), x.new_empty(0) if residual is None else x.new_empty(x.shape)
+
+
+@_operator(fake=_product_and_sum)
+def _norm_linear(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    centred: bool,
+    chunks: Tensor,
+    weight_exponent: Tensor,
+    bias: Tensor | None,
+    activation_bits: int,
+) -> tuple[Tensor, Tensor]:
+    norm = cuda.Norm(weight, norm_bias, eps, centred)
+    y, total = cuda.linear_of_row(x, chunks, weight_exponent, bias, activation_bits, norm, residual)
+    return y, x.new_empty(0) if total is None else total

@@ -39,6 +39,7 @@ CUDA_SOURCES = (
     "quantize_activation.cu",
     "norm_quantize.cu",
     "w6ax_imma.cu",
+    "w6ax_imma_row.cu",
     "w6ax_wgmma.cu",
     "w6ax_bmma.cu",
 )

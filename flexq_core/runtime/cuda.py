@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ CHUNK_ROWS = 32
 
 MOST_NORM_FEATURES = 16384
 """That a block keeps in registers (norm_quantize.cu)."""
+
+MOST_ROW_GROUPS = 64
+"""Of one token, that a product quantises itself (w6ax_imma_row.cu)."""
 
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TOKEN_TILES = {"imma": (1, 2, 4, 8), "bmma": (1, 2), "wgmma": (2, 4, 8, 16)}
@@ -330,6 +334,93 @@ def linear(
     return out
 
 
+def takes_row(tokens: int, features: int, dtype: torch.dtype) -> bool:
+    """Whether `imma`'s product of such activations can begin with their norm, if any, and quantisation; see `linear_of_row`."""
+    return (
+        tokens == 1
+        and dtype in (torch.float16, torch.bfloat16)
+        and features % 4 == 0
+        and 0 < group_count(features) <= MOST_ROW_GROUPS
+    )
+
+
+class Norm(NamedTuple):
+    """RMSNorm as LLaMA has it, or LayerNorm.
+
+    weight: [K].  bias: [K] or None.  eps: finite, at least 0.  centred: LayerNorm.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    centred: bool
+
+
+def linear_of_row(
+    x: Tensor,
+    chunks: Tensor,
+    weight_exponent: Tensor,
+    bias: Tensor | None,
+    activation_bits: int,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """One token's norm, quantisation and product in one launch, where `takes_row`; chunks for `imma`.
+
+    x, and residual or None: [1, K] float16 or bfloat16 on a GPU.  norm: of x's type, or None.  The rest as for `linear`.
+    Returns y [1, N] in x's type, and x + residual, rounded to it, or None. The norm's sum is in another order than
+    `rms_norm_quantize`'s and `layer_norm_quantize`'s, all else is as theirs.
+    Raises TypeError or ValueError for what does not fit, before anything is launched; says what is accepted.
+    """
+    rows = {"x": x} if residual is None else {"x": x, "residual": residual}
+    vectors = {} if norm is None else {"weight": norm.weight} | ({} if norm.bias is None else {"bias": norm.bias})
+    _require_quantizable(rows, activation_bits, "imma", vectors)
+    outputs, groups = len(weight_exponent), chunks.shape[1]
+    if not takes_row(*x.shape, x.dtype) or groups != group_count(x.shape[1]):
+        raise ValueError(
+            f"x is {x.dtype} of shape {tuple(x.shape)}, for weights of {groups} groups; accepted: one token in half "
+            f"precision, of up to {MOST_ROW_GROUPS} groups and a multiple of 4 features"
+        )
+    if norm is None and residual is not None:
+        raise ValueError("a residual is added before a norm; accepted without one: None")
+    if norm is not None and not 0 <= norm.eps < math.inf:
+        raise ValueError(f"eps is {norm.eps}; accepted: a finite number, at least 0")
+    x, residual, weight, shift = (
+        None if each is None else _vectors(each)
+        for each in (x, residual, *((None, None) if norm is None else norm[:2]))
+    )
+    weight_exponent, bias = weight_exponent.contiguous(), None if bias is None else bias.contiguous()
+    out, total = x.new_empty(1, outputs), None if residual is None else torch.empty_like(x)
+    with torch.cuda.device(x.device):
+        _kernels(x).linear_of_row(
+            chunks.data_ptr(),
+            weight_exponent.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if bias is None else _FLOATS[bias.dtype],
+            out.data_ptr(),
+            outputs,
+            groups,
+            1 if norm is None else 3 if norm.centred else 2,
+            _address(x),
+            _address(residual),
+            _address(total),
+            0 if weight is None else weight.data_ptr(),
+            0 if shift is None else shift.data_ptr(),
+            0.0 if norm is None else norm.eps,
+            _FLOATS[x.dtype],
+            x.shape[1],
+            activation_bits,
+            _stream(x),
+        )
+    return out, total
+
+
+def _vectors(x: Tensor) -> Tensor:
+    """x, or a copy, of which each four neighbouring numbers lie in one aligned vector."""
+    x = x.contiguous()
+    return x if x.data_ptr() % (4 * x.itemsize) == 0 else x.clone()
+
+
 def w6ax_linear(
     x: Tensor, chunks: Tensor, weight_exponent: Tensor, bias: Tensor | None, activation_bits: int, backend: str
 ) -> Tensor:
@@ -338,6 +429,8 @@ def w6ax_linear(
     if out.numel():
         if backend == "auto":
             backend = backend_for(*x.shape, out.shape[1], x.device)
+        if backend == "imma" and takes_row(*x.shape, x.dtype):
+            return linear_of_row(x, chunks, weight_exponent, bias, activation_bits)[0]
         records = quantize_activation(x, activation_bits, backend)
         linear(records, x.shape[0], chunks, weight_exponent, bias, activation_bits, backend, out)
     return out

@@ -3,7 +3,9 @@
     norm → q, k, v → attention → o → + → norm → gate, up → SiLU × → down → +      a block as transformers runs it
     qkv → attention → o → + & norm & quantise → gate_up → SiLU × & quantise → down → + & norm & quantise      fused
 
-The last of these is the next block's norm: a block hands the result on beside the sum that it returns.
+The last of these is the next block's norm: a block hands the result on beside the sum that it returns. Of one token on a GPU
+the products but `down` begin with their own norm and quantisation (w6ax_imma_row.cu), and a block hands on the two that are
+summed.
 
 Projections that read the same activations become one layer, and what feeds a `FlexQLinear` quantises its result for it
 (runtime/activations.py). Attention is the model's own: where q, k and v were stands what picks theirs out of the merged
@@ -89,11 +91,12 @@ class _Fused(nn.Module):
     """What fused blocks share.
 
     chain: the blocks of the model, in a list that is no submodule.  ahead: what the block before has handed on: the hidden
-    states that it returned, their edits until then, and their norm quantised for this block.
+    states that it returned, their edits until then, and their norm quantised for this block, or, of one token, the two that
+    they are the sum of: the first layer adds, normalises and quantises them itself.
     """
 
     chain: Sequence[_Fused] = ()
-    ahead: tuple[Tensor, int, Tensor] | None = None
+    ahead: tuple[Tensor, int, Tensor | tuple[Tensor, Tensor]] | None = None
 
     @staticmethod
     def merge_(block: Any) -> None:
@@ -104,13 +107,15 @@ class _Fused(nn.Module):
         """The norm that the block begins with, and the layer that reads it."""
         raise NotImplementedError
 
-    def _begin(self, hidden_states: Tensor) -> Tensor:
-        """What the first layer makes of the normalised hidden states."""
+    def _begin(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first layer makes of the normalised hidden states, and these, which need not be the tensor that was given."""
         norm, linear = self.first()
         ahead, self.ahead = self.ahead, None
-        if ahead is not None and ahead[0] is hidden_states and ahead[1] == _edits(hidden_states):
-            return linear.forward_quantized(ahead[2], hidden_states.shape[:-1], hidden_states.dtype)
-        return _norm_linear(norm, linear, hidden_states)[0]
+        if ahead is None or ahead[0] is not hidden_states or ahead[1] != _edits(hidden_states):
+            return _norm_linear(norm, linear, hidden_states)
+        if isinstance(ahead[2], tuple):
+            return _norm_linear(norm, linear, *ahead[2])
+        return linear.forward_quantized(ahead[2], hidden_states.shape[:-1], hidden_states.dtype), hidden_states
 
     def _end(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + x, and its norm handed on to the block that comes next."""
@@ -119,8 +124,11 @@ class _Fused(nn.Module):
             norm, linear = self.chain[index].first()
             reader = _reader(linear, x, norm.weight)
             if reader is not None:
-                records, h = _norm_quantize(norm, reader, x, residual)
-                self.chain[index].ahead = h, _edits(h), records
+                if linear.takes_norm(_rows(x)):
+                    h, handed = residual + x, (x, residual)  # compiled, nobody reads this sum but where a model ends
+                else:
+                    handed, h = _norm_quantize(norm, reader, x, residual)
+                self.chain[index].ahead = h, _edits(h), handed
                 return h
         return residual + x
 
@@ -138,7 +146,7 @@ class _FusedGated(_Fused):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """As the block's own: [B, T, K] → [B, T, K]."""
-        qkv = self._begin(hidden_states)
+        qkv, hidden_states = self._begin(hidden_states)
         attended, _ = self.self_attn(hidden_states=qkv, attention_mask=attention_mask, **options)
         gate_up, h = _norm_linear(self.post_attention_layernorm, self.mlp.gate_up_proj, attended, hidden_states)
         return self._end(h, _gated(self.mlp, gate_up))
@@ -162,7 +170,7 @@ class _FusedOPT(_Fused):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False, **options: Any
     ) -> Tensor:
         """As the block's own: [B, T, K] → [B, T, K]."""
-        qkv = self._begin(hidden_states)
+        qkv, hidden_states = self._begin(hidden_states)
         attended, _ = self.self_attn(hidden_states=qkv, attention_mask=attention_mask, **options)
         attended = F.dropout(attended, p=self.dropout, training=self.training)
         up, h = _norm_linear(self.final_layer_norm, self.fc1, attended, hidden_states)
@@ -217,6 +225,9 @@ def _norm_linear(
     if reader is None:
         h = x if residual is None else residual + x
         return linear(norm(h)), h
+    if linear.takes_norm(_rows(x)):
+        y, h = linear.forward_norm(_rows(x), _norm(norm), None if residual is None else _rows(residual))
+        return y.view(*x.shape[:-1], y.shape[-1]), h.view(x.shape)
     records, h = _norm_quantize(norm, reader, x, residual)
     return linear.forward_quantized(records, x.shape[:-1], x.dtype), h
 
@@ -225,13 +236,24 @@ def _norm_quantize(
     norm: nn.Module, reader: activations.Reader, x: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Records of `norm(h)`, and h = residual + x, or x alone."""
-    rows = x.reshape(-1, x.shape[-1])
-    residual = None if residual is None else residual.reshape(rows.shape)
-    if isinstance(norm, nn.LayerNorm):
-        records, h = activations.layer_norm_quantize(rows, norm.weight, norm.bias, norm.eps, reader, residual)
+    rows, residual = _rows(x), None if residual is None else _rows(residual)
+    weight, bias, eps, centred = _norm(norm)
+    if centred:
+        records, h = activations.layer_norm_quantize(rows, weight, bias, eps, reader, residual)
     else:
-        records, h = activations.rms_norm_quantize(rows, norm.weight, norm.variance_epsilon, reader, residual)
+        records, h = activations.rms_norm_quantize(rows, weight, eps, reader, residual)
     return records, h.view(x.shape)
+
+
+def _norm(norm: nn.Module) -> cuda.Norm:
+    if isinstance(norm, nn.LayerNorm):
+        return cuda.Norm(norm.weight, norm.bias, norm.eps, True)
+    return cuda.Norm(norm.weight, None, norm.variance_epsilon, False)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., K] → [M, K]"""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _gated(mlp: Any, gate_up: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ class FlexQLinear(nn.Module):
         self.bias = parameter(out_features, dtype=dtype) if bias else None
         self.register_buffer("chunks", None, persistent=False)  # see `prepare`
         self._prepared: tuple[str, str] | None = None  # the backend that was asked for, and what it means here
+        self._takes_rows = False  # whether one token runs on `imma`
 
     @classmethod
     def from_linear(
@@ -175,6 +176,19 @@ class FlexQLinear(nn.Module):
         y = activations.w6ax_linear_quantized(records, math.prod(shape), *operands, self.reader())
         return y.view(*shape, y.shape[-1])
 
+    def takes_norm(self, x: Tensor) -> bool:
+        """Whether x [M, in_features] can be given to `forward_norm`: one token, whose product begins with its norm."""
+        self.prepare()
+        return self._takes_rows and cuda.takes_row(*x.shape, x.dtype)
+
+    def forward_norm(self, x: Tensor, norm: cuda.Norm, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The product with the norm of h = x + residual, and h, in one launch, of an x that `takes_norm`.
+
+        x, residual: [1, in_features].  Returns [1, out_features] and [1, in_features].
+        """
+        operands = (self.chunks, self.weight_exponent, self.bias, self.precision.activation_bits)
+        return activations.norm_linear(x, norm, *operands, residual)
+
     def prepare(self) -> tuple[str, Tensor | None]:
         """Repack the weights for the CUDA kernel that this layer runs on, once; what a first call would do.
 
@@ -190,6 +204,7 @@ class FlexQLinear(nn.Module):
             if getattr(getattr(self, "_hf_hook", None), "offload", False):
                 return backend, chunks  # accelerate brings the weights for each call, and takes them away after it
             self._prepared, self.chunks = (self.backend, backend), chunks
+            self._takes_rows = chunks is not None and self.backend_for(1) == "imma"
             for parameter in (self.weight, self.weight_scale) if chunks is not None else ():
                 if isinstance(parameter, nn.Parameter):  # in tensor parallelism it is the part that a parameter keeps
                     parameter.data = parameter.new_empty(len(parameter), 0)
@@ -217,6 +232,7 @@ class FlexQLinear(nn.Module):
         if self._holds_chunks_only():
             self.weight.data, self.weight_scale.data = self.canonical()
         self.chunks = self._prepared = None
+        self._takes_rows = False
 
     def weight_bytes(self) -> int:
         """Bytes that the packed weight takes with its scales and exponents, in the form that it is kept."""

@@ -49,6 +49,18 @@ void bind_linear(Address weight, Address exponent, Address bias, int bias_type, 
   }
 }
 
+#ifndef FLEXQ_WEIGHT_BITS
+void bind_linear_of_row(Address weight, Address exponent, Address bias, int bias_type, Address y, int outputs, int groups, int before,
+                        Matrix x, Matrix residual, Matrix sum, Address norm_weight, Address norm_bias, float epsilon, int type,
+                        int features, int activation_bits, Address stream) {
+  const Linear linear{pointer<uint8_t>(weight), pointer<int8_t>(exponent), pointer(bias), nullptr, pointer(y), 1,
+                      outputs,                  groups,                    Float(type),   Float(bias_type)};
+  const Norm norm{rows(x), rows(residual), rows(sum), pointer(norm_weight), pointer(norm_bias), epsilon};
+  if (!w6ax_imma_row(linear, Row{norm, Before(before), Float(type), features, activation_bits}, pointer<CUstream_st>(stream)))
+    throw std::runtime_error("w6ax_imma_row: " + std::to_string(groups) + " groups; this card has too little shared memory");
+}
+#endif
+
 }  // namespace
 }  // namespace flexq
 
@@ -69,6 +81,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("silu_mul_quantize", [](Matrix gate, Matrix up, int type, Quantized to, Address stream) {
     silu_mul_quantize(rows(gate), rows(up), Float(type), records(to), pointer<CUstream_st>(stream));
   });
+  module.def("linear_of_row", &bind_linear_of_row);
   module.def("rms_norm_quantize", &bind_norm<rms_norm_quantize>);
   module.def("layer_norm_quantize", &bind_norm<layer_norm_quantize>);
 #endif

@@ -14,6 +14,7 @@ namespace flexq {
 enum class Float : int;
 struct Linear;
 struct Norm;
+struct Row;
 struct Records;
 struct Rows;
 
@@ -28,6 +29,8 @@ void rms_norm_quantize(const Norm& norm, Float type, const Records& records, cud
 void layer_norm_quantize(const Norm& norm, Float type, const Records& records, cudaStream_t stream);
 
 void w6ax_imma(const Linear& linear, int token_tiles, cudaStream_t stream);
+// Of one token. Whether a block's shared memory holds the row; if not nothing is launched.
+bool w6ax_imma_row(const Linear& linear, const Row& row, cudaStream_t stream);
 void w6ax_wgmma(const Linear& linear, int token_tiles, cudaStream_t stream);
 void w6ax_bmma(const Linear& linear, int token_tiles, int activation_bits, cudaStream_t stream);
 

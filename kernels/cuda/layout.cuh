@@ -118,6 +118,17 @@ struct Norm {
   float epsilon;
 };
 
+// What one token's row is before a product; the values are part of the binding.
+enum class Before : int { codes = 0, numbers = 1, rms_norm = 2, layer_norm = 3 };
+
+// A token that the blocks of a product quantise for themselves, in vectors all. Of codes, which the product's records have, nothing else.
+struct Row {
+  Norm norm;  // of numbers x alone
+  Before before;
+  Float type;
+  int features, bits;
+};
+
 __device__ __forceinline__ float load_float(const void* from, int64_t at, Float type) {
   if (type == Float::f32) return static_cast<const float*>(from)[at];
   if (type == Float::f16) return __half2float(static_cast<const __half*>(from)[at]);

@@ -30,9 +30,9 @@ __device__ __forceinline__ float sum_of_block(float value, float (&partial)[kMos
 // anew at each launch, which is felt where a token is all there is.
 template <class T, bool kCentred, int kGroups, bool kUsual>
 __global__ void __maxnreg__((kMostRegisters<T, kGroups>))
-    norm_quantize_kernel(const __grid_constant__ Norm norm, const __grid_constant__ Records p, bool in_vectors) {
+    norm_quantize_kernel(const __grid_constant__ Norm norm, const __grid_constant__ Records p, bool rows_in_vectors) {
   allow_next_kernel();
-  const bool vectors = kUsual || in_vectors;
+  const bool vectors = kUsual || rows_in_vectors;
   __shared__ float partial[2][kMostWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, token = blockIdx.x, features = p.features;
   const auto first = [&](int i) { return (warp + i * warps) * kGroup + lane * 4; };  // this lane's numbers of its warp's group i

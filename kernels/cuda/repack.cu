@@ -59,12 +59,18 @@ __global__ void repack_kernel(const uint8_t* weight, const __half* scale, uint8_
   }
 }
 
+__global__ void nothing_kernel() {}
+
 }  // namespace
 
 void repack(const void* weight, const void* scale, void* chunks, int outputs, int groups, int bits, int order, cudaStream_t stream) {
   const int64_t threads = int64_t(outputs + kChunkRows - 1) / kChunkRows * groups * 64;
   repack_kernel<<<unsigned((threads + 255) / 256), 256, 0, stream>>>(static_cast<const uint8_t*>(weight), static_cast<const __half*>(scale),
                                                                     static_cast<uint8_t*>(chunks), outputs, groups, bits, Order(order));
+  check_launch("repack");
+  // A product may begin, and fetch its weights, once the blocks of the kernel before it have left, before what they wrote is seen by all.
+  // A kernel that itself begins after that lies between.
+  nothing_kernel<<<1, 1, 0, stream>>>();
   check_launch("repack");
 }
 

@@ -59,7 +59,7 @@ struct Ring {
     }
     __syncwarp();
     wait_for_previous_kernel();
-    if (lane == 0) {
+    if (kRecordBytes > 0 && lane == 0) {
       next_tile = tile, next_group = group;
       seek();
       for (int s = 0; s < kStages && next_tile < tiles.count(); ++s, advance()) copy_record(s);
@@ -129,7 +129,7 @@ struct Ring {
   }
 
   __device__ __forceinline__ void copy_record(int s) {
-    bulk_copy(stages + s * kStageBytes + kChunkBytes, next_record, kRecordBytes, full + s);
+    if constexpr (kRecordBytes > 0) bulk_copy(stages + s * kStageBytes + kChunkBytes, next_record, kRecordBytes, full + s);
   }
 #endif
 };
@@ -178,10 +178,9 @@ struct Reduction {
 
 // The same, while the other warps go on to the next tile: each leaves its part, and as many as there are tokens add them up when all lie
 // there, a token each or more. The next parts wait until that is done, which is long before.
-//   turn: how many tiles the block has had before.
-template <int kWarps, int kTokenTiles>
+//   turn: how many tiles the block has had before.  kTokens: how many of the tiles' there are at most.
+template <int kWarps, int kTokenTiles, int kTokens = kTokenTiles * kTokenTile>
 struct Handover {
-  static constexpr int kTokens = kTokenTiles * kTokenTile;
   static constexpr int kStride = kChunkRows + 4;  // 8 q + g are 32 different banks
   static constexpr int kPartBytes = kWarps * kTokens * kStride * 4;
   static constexpr int kSharedBytes = kPartBytes + 2 * 8;
@@ -210,7 +209,8 @@ struct Handover {
       for (int t = 0; t < kTokenTiles; ++t)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          parts[(part * kTokens + t * kTokenTile + 2 * q + i % 2) * kStride + half * 16 + g + i / 2 * 8] = sums[half][t][i];
+          if (const int m = t * kTokenTile + 2 * q + i % 2; m < kTokens)
+            parts[(part * kTokens + m) * kStride + half * 16 + g + i / 2 * 8] = sums[half][t][i];
     barrier_arrive(left);
 
     const int n = output_tile * kChunkRows + lane, first = token_tile * kTokens, tokens = min(kTokens, p.tokens - first);

@@ -397,7 +397,13 @@ FORMS = {  # tokens, features, outputs
         "8 tokens, two tiles a block of rows too long for two blocks": (8, 8200, 4300),
         "8 tokens, several tiles a block": (8, 2100, 20000),
         "8 tokens, several tiles a block of longer rows": (8, 4700, 20000),
-        "8 tokens, several tiles a block of long rows": (2, 7100, 20000),
+        "8 tokens, several tiles a block of long rows": (8, 7100, 20000),
+        "a token, several tiles a block of long rows": (1, 4200, 20000),
+        "a token, two tiles a block of the longest rows": (1, 28672, 4300),
+        "a token, rows too long to be kept": (1, 28801, 4300),
+        "4 tokens, several tiles a block of long rows": (4, 6600, 20000),
+        "4 tokens, several tiles a block of the longest rows for them": (3, 8192, 20000),
+        "4 tokens, several tiles a block of longer rows": (4, 8200, 20000),
         "8 tokens, fifteen tiles a block, not a group for every warp": (8, 300, 60000),
         "8 tokens, fifteen tiles a block, a group less than warps": (8, 1900, 60000),
         "8 tokens, fifteen tiles a block, a group more than warps": (8, 2100, 60000),
@@ -411,28 +417,32 @@ FORMS = {  # tokens, features, outputs
     "wgmma": {  # on a card of 80 to 160 multiprocessors; of how many blocks a cluster is, on one of 132
         "64 tokens, two blocks a multiprocessor": (50, 640, 20800),
         "64 tokens, two blocks a multiprocessor, more groups than stages": (64, 2100, 20800),
+        "64 tokens, split in 2 of 8 and 9 groups": (50, 2100, 9000),
+        "64 tokens, split in 3 of 8 and 9 groups": (50, 3300, 5000),
+        "64 tokens, split in 5": (50, 5100, 5000),
+        "64 tokens, split in 7": (64, 7100, 1000),
+        "64 tokens, split in 8": (64, 8192, 1000),
         "64 tokens, two teams, not a group for every stage": (64, 300, 1000),
-        "64 tokens, two teams, more groups than stages, an odd number": (50, 2400, 9000),
-        "64 tokens, two teams, split in 2 of 5 and 6 groups": (50, 1400, 1000),
-        "64 tokens, two teams, split in 3 of 4 and 5 groups": (50, 1700, 1000),
-        "64 tokens, two teams, split in 5 of 4 and 5 groups": (50, 2800, 1000),
-        "64 tokens, two teams, split in 7 of 4 and 5 groups": (64, 3900, 1000),
-        "64 tokens, two teams, split in 8": (64, 4096, 1000),
-        "128 tokens, split in 8": (128, 4096, 1000),
+        "64 tokens, two teams, more groups than stages, an odd number": (50, 1900, 9000),
+        "64 tokens, two teams, split in 2": (50, 5100, 8100),
+        "64 tokens, two teams, split in 2 of 20 and 21 groups": (50, 5200, 8100),
+        "128 tokens, split in 8": (128, 8192, 1000),
+        "128 tokens, split in 2, the last round not whole": (128, 6600, 17900),
         "128 tokens, more groups than stages": (100, 2400, 9000),
-        "128 tokens for few groups": (300, 640, 1000),
-        "128 tokens for few groups, which are more than stages": (300, 2400, 3200),
-        "128 tokens for few groups, split": (300, 4096, 1000),
-        "128 tokens for the most groups that are few, split": (300, 6100, 1000),
-        "256 tokens for the fewest groups that are not, split in 6 to 8": (300, 6200, 1000),
-        "256 tokens, split in 5": (300, 6300, 1400),
-        "256 tokens, split in 3": (300, 6300, 2300),
-        "256 tokens, split in 2": (300, 6300, 3500),
+        "300 tokens, 128 at a time": (300, 640, 1000),
+        "300 tokens, 128 at a time, more groups than stages": (300, 2400, 3200),
+        "300 tokens, 128 at a time, split in 4": (300, 4096, 1000),
+        "300 tokens, 128 at a time, split in 5": (300, 6100, 1000),
+        "256 tokens, split in 6 to 8": (250, 16300, 2000),
+        "256 tokens, split in 4": (250, 16300, 3300),
+        "256 tokens, split in 3": (250, 8100, 4800),
+        "256 tokens, split in 2": (250, 8100, 8100),
+        "256 tokens, split in 2, the last round not whole": (250, 8192, 24500),
         # A block of nine tiles of an odd number of groups begins one at each of four stages in either parity.
         "256 tokens, nine tiles a block of one group": (2100, 128, 17000),
         "256 tokens, nine tiles a block, not a group for every stage": (2100, 300, 17000),
         "256 tokens, nine tiles a block, a group more than stages": (2100, 640, 17000),
-        "256 tokens, two tiles a block of many groups": (600, 7000, 8200),
+        "256 tokens, three tiles a block of many groups": (750, 7000, 16500),
     },
 }
 
@@ -457,9 +467,9 @@ def test_every_form_gives_integers_for_integers(backend, tokens, features, outpu
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("outputs", [8200, 8203])  # of a token stored eight at once, and one by one
+@pytest.mark.parametrize("outputs", [16400, 16403])  # of a token stored eight at once, and one by one
 def test_a_block_of_several_tiles_computes_what_blocks_of_one_do(dtype, outputs):
-    """With wgmma and outputs of two bytes; the last tile of 65 x 3 is not whole either way."""
+    """With wgmma and outputs of two bytes; the last tile of 129 x 3 is not whole either way."""
     layer = FlexQLinear.from_linear(torch.nn.Linear(640, outputs, device="cuda"), backend="wgmma")
     x = torch.randn(700, 640, device="cuda").to(dtype)
     assert torch.equal(layer(x), layer(x.float()).to(dtype))

@@ -96,6 +96,7 @@ def repacked(monkeypatch):
 
     monkeypatch.setattr(cuda, "repack", repack)
     monkeypatch.setattr(ops, "resolve_backend", lambda backend, *_: backend)
+    monkeypatch.setattr(cuda, "backend_for", lambda *_: "imma")
 
 
 @pytest.mark.parametrize("backend", ["auto", "imma", "bmma"])

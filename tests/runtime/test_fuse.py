@@ -9,6 +9,7 @@ import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from safetensors.torch import load_file
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from flexq_core.quant import LayerPrecision, PrecisionPlan
@@ -141,6 +142,56 @@ def test_blocks_hand_their_sum_on_when_compiled():
     )
     norms = [node for node in graphs[0].graph.nodes if "norm_quantize" in str(node.target)]
     assert [node.args[1] is not None for node in norms] == [False, True, True, True]
+
+
+@pytest.fixture
+def one_token_is_a_row(monkeypatch):
+    """As on a GPU, where the product of one token begins with its norm: on the reference's own norm and product."""
+    given = []
+
+    def forward_norm(layer, x, norm, residual=None):
+        given.append(residual is not None)
+        parameters = (norm.weight, norm.bias) if norm.centred else (norm.weight,)
+        quantize = activations.layer_norm_quantize if norm.centred else activations.rms_norm_quantize
+        records, h = quantize(x, *parameters, norm.eps, layer.reader(), residual)
+        return layer.forward_quantized(records, x.shape[:-1], x.dtype), h
+
+    monkeypatch.setattr(FlexQLinear, "takes_norm", lambda layer, x: len(x) == 1)
+    monkeypatch.setattr(FlexQLinear, "forward_norm", forward_norm)
+    return given
+
+
+@architectures
+def test_one_token_is_normalised_where_it_is_read(architecture, one_token_is_a_row):
+    """Of two blocks the first begins with what it was given, the three other norms with a sum of their own."""
+    model, ids = quantised(architecture), torch.randint(3, 96, (1, 7), generator=torch.Generator().manual_seed(2))
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    model.generation_config.eos_token_id = None
+    for cache in ("dynamic", "static"):
+        expected = model.generate(ids, cache_implementation=cache, **settings)
+        assert torch.equal(fused(model).generate(ids, cache_implementation=cache, **settings), expected)
+    assert one_token_is_a_row == [False, True, True, True] * 8
+    with torch.no_grad():
+        hidden = [each(ids[:, :1], output_hidden_states=True).hidden_states for each in (model, fused(model))]
+    assert all(torch.equal(one, other) for one, other in zip(*hidden, strict=True))
+
+
+def test_a_sum_that_nobody_reads_is_not_computed_when_compiled(one_token_is_a_row):
+    """Each block returns it, and the next one computes it with its norm; what is left of two is the last block's."""
+    model, sums = fused(quantised("llama")), []
+    hidden = (1, 1, model.config.hidden_size)
+
+    def count(graph, _):
+        added = [node for node in graph.graph.nodes if node.target is torch.ops.aten.add.Tensor]
+        sums.append(sum(tuple(node.meta["val"].shape) == hidden for node in added))
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=count))
+    with torch.no_grad():
+        found, expected = (each(torch.tensor([[5]]), use_cache=False).logits for each in (compiled, model))
+    assert (found - expected).norm() <= 1e-2 * expected.norm()
+    assert sums == [1]
 
 
 def test_hidden_states_that_a_hook_changes_are_normalised_anew():

@@ -97,7 +97,27 @@ def test_auto_means_the_kernel_for_so_many_tokens_of_what_this_process_holds(on_
     layer.weight_exponent = nn.Parameter(layer.weight_exponent[:32], requires_grad=False)
     monkeypatch.setattr(ops, "resolve_backend", lambda *_: "auto")
     assert layer.backend_for(7) == "wgmma"
-    assert asked == [(7, 2 * 128, 32, torch.device("cpu"))]  # two groups of chunks, however many features there were
+    # Two groups of chunks, however many features there were; and of one token, whose product may begin with its norm.
+    assert asked == [(tokens, 2 * 128, 32, torch.device("cpu")) for tokens in (1, 7)]
+
+
+def test_one_token_is_normalised_by_the_kernel_that_it_runs_on(on_a_gpu, monkeypatch):
+    monkeypatch.setattr(ops, "resolve_backend", lambda backend, *_: backend)
+    for backend, auto, takes in [
+        ("imma", "", True),
+        ("auto", "imma", True),
+        ("auto", "wgmma", False),
+        ("bmma", "", False),
+    ]:
+        monkeypatch.setattr(cuda, "backend_for", lambda *_, auto=auto: auto)
+        layer = FlexQLinear.from_linear(nn.Linear(500, 64), backend=backend)
+        assert layer.takes_norm(torch.zeros(1, 500).half()) == takes
+        assert not layer.takes_norm(torch.zeros(2, 500).half())
+        assert not layer.takes_norm(torch.zeros(1, 500))
+        assert not layer.takes_norm(torch.zeros(1, 498).half())
+    layer.backend = "imma"
+    assert layer.takes_norm(torch.zeros(1, 500).half())
+    assert not FlexQLinear.from_linear(nn.Linear(128, 8), backend="reference").takes_norm(torch.zeros(1, 128).half())
 
 
 def test_parts_of_parameters_that_processes_share_are_not_emptied(on_a_gpu):
