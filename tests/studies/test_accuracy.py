@@ -4,7 +4,9 @@ import dataclasses
 import math
 import os
 import weakref
+from types import SimpleNamespace
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
@@ -16,6 +18,7 @@ from flexq_core.sources import data
 from flexq_core.sources.models import ModelError, load_model
 from flexq_core.sources.text import Text
 from flexq_core.studies.accuracy import AccuracyStudy, Perplexity, claims, order_of, perplexity, plot_change, plot_size
+from flexq_core.workbook import paths
 from tests.models import tiny_model
 from tests.runs import run_of
 
@@ -232,3 +235,13 @@ def test_figures_of_one_method_alone(rows, label, points):
     axis = plot_change(table, "m").axes[0]
     assert axis.get_xlabel() == label and axis.patches[0].get_width() == rows[0][2]
     assert len(plot_size(table, "m").axes[0].lines) == points
+
+
+def test_a_run_of_methods_of_which_nothing_is_claimed_succeeds(tmp_path, capsys):
+    """The notebook's last cell, which without any claim would have failed."""
+    cells = nbformat.read(paths.NOTEBOOKS / "02_accuracy.ipynb", as_version=4).cells
+    study = SimpleNamespace(claims=lambda *_, **__: [])
+    run = run_of("02_accuracy", tmp_path, model="demo-opt")
+    names = {"run": run, "accuracy": study, "accuracy_scales": study, "table": None, "sqnrs": None, "outliers": 0}
+    exec(cells[-1].source, names)
+    assert "skipped" in capsys.readouterr().out
