@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-pytest.register_assert_rewrite("tests.kernels.exactness")
+pytest.register_assert_rewrite("tests.kernels.exactness", "tests.kernels.overlap")
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # on a busy machine everything takes longer
 hypothesis.settings.load_profile("untimed")

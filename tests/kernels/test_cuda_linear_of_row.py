@@ -9,7 +9,7 @@ from torch import nn
 from flexq_core.quant import pack_codes
 from flexq_core.runtime import activations, cuda
 from flexq_core.runtime.linear import FlexQLinear
-from tests.kernels import exactness
+from tests.kernels import exactness, overlap
 
 gpu = pytest.mark.gpu
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -188,22 +188,7 @@ class Steps:
 
 @gpu
 def test_launches_that_overlap_give_what_launches_apart_give():
-    """On Hopper a kernel starts while the one before it runs: a wait forgotten would show here, eager or replayed."""
-    steps, x, residual = Steps(), random(1, 5120, seed=5), random(1, 5120, seed=6)
-    expected = steps(x, residual, between=torch.cuda.synchronize)
-    assert all(torch.isfinite(each).all() for each in expected)
-    for _ in range(30):
-        assert all(torch.equal(one, other) for one, other in zip(steps(x, residual), expected, strict=True))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = steps(x, residual)
-    for seed in range(10):
-        x.copy_(random(1, 5120, seed=10 + seed))
-        expected = steps(x, residual, between=torch.cuda.synchronize)
-        for each in found:
-            each.fill_(torch.nan)
-        graph.replay()
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    overlap.gives_what_launches_apart_give(Steps(), lambda seed: random(1, 5120, seed=seed), random(1, 5120, seed=6))
 
 
 @gpu

@@ -12,6 +12,7 @@ from flexq_core.quant import pack_codes, quantize_weight
 from flexq_core.runtime import cuda
 from flexq_core.runtime.linear import FlexQLinear
 from tests import reference
+from tests.kernels import overlap
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
@@ -503,24 +504,10 @@ class Block:
 @each
 @pytest.mark.parametrize("tokens", [1, 16, 70])
 def test_launches_that_overlap_give_what_launches_apart_give(tokens, backend):
-    """On Hopper a kernel starts while the one before it runs: a wait forgotten would show here, eager or replayed."""
-    block = Block(backend)
-    x, residual = random(tokens, 1024, torch.float16, 5), random(tokens, 1024, torch.float16, 6)
-    expected = block(x, residual, between=torch.cuda.synchronize)
-    assert all(torch.isfinite(each).all() for each in expected)
-    for _ in range(30):
-        found = block(x, residual)
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = block(x, residual)
-    for seed in range(10):
-        x.copy_(random(tokens, 1024, torch.float16, 10 + seed))
-        expected = block(x, residual, between=torch.cuda.synchronize)
-        for each in found:
-            each.fill_(torch.nan)
-        graph.replay()
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    def rows(seed):
+        return random(tokens, 1024, torch.float16, seed)
+
+    overlap.gives_what_launches_apart_give(Block(backend), rows, rows(6))
 
 
 @gpu

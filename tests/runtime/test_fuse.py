@@ -75,14 +75,19 @@ def test_an_unquantised_model_is_merged(architecture):
     assert (logits(made) - expected).norm() <= 1e-5 * expected.norm()
 
 
-@architectures
-def test_generation_is_unchanged(architecture):
-    model, ids = quantised(architecture), torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(2))
+def fused_generates_what_the_model_does(model, ids):
+    """Five tokens, with each kind of cache."""
     settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
     model.generation_config.eos_token_id = None
     for cache in ("dynamic", "static"):
         expected = model.generate(ids, cache_implementation=cache, **settings)
         assert torch.equal(fused(model).generate(ids, cache_implementation=cache, **settings), expected)
+
+
+@architectures
+def test_generation_is_unchanged(architecture):
+    ids = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(2))
+    fused_generates_what_the_model_does(quantised(architecture), ids)
 
 
 @architectures
@@ -165,11 +170,7 @@ def one_token_is_a_row(monkeypatch):
 def test_one_token_is_normalised_where_it_is_read(architecture, one_token_is_a_row):
     """Of two blocks the first begins with what it was given, the three other norms with a sum of their own."""
     model, ids = quantised(architecture), torch.randint(3, 96, (1, 7), generator=torch.Generator().manual_seed(2))
-    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    model.generation_config.eos_token_id = None
-    for cache in ("dynamic", "static"):
-        expected = model.generate(ids, cache_implementation=cache, **settings)
-        assert torch.equal(fused(model).generate(ids, cache_implementation=cache, **settings), expected)
+    fused_generates_what_the_model_does(model, ids)
     assert one_token_is_a_row == [False, True, True, True] * 8
     with torch.no_grad():
         hidden = [each(ids[:, :1], output_hidden_states=True).hidden_states for each in (model, fused(model))]
