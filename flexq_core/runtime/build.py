@@ -173,7 +173,7 @@ def _bit_plane_place(capability: tuple[int, int], weight_bits: int) -> tuple[str
 
 def _architecture(capability: tuple[int, int]) -> str:
     """As nvcc names it. Hopper's own instructions, wgmma among them, want it with an `a`."""
-    return f"{capability[0]}.{capability[1]}" + ("a" if capability[0] >= 9 else "")
+    return f"{capability[0]}.{capability[1]}" + ("a" if capability[0] == 9 else "")
 
 
 def is_built(device: torch.device) -> bool:

@@ -88,7 +88,9 @@ struct Linear {
 struct Finish {
   float factor = 0.0f, bias = 0.0f;
 
-  __device__ __forceinline__ Finish(const Linear& p, int n);
+  Finish() = default;
+  __device__ __forceinline__ Finish(const Linear& p, int n) : Finish(p, n, n < p.outputs ? p.exponent[n] : 0) {}
+  __device__ __forceinline__ Finish(const Linear& p, int n, int exponent);
   __device__ __forceinline__ float operator()(float sum) const { return sum * factor + bias; }
 };
 
@@ -159,9 +161,9 @@ __device__ __forceinline__ void store_four_floats(void* to, int64_t at, Float ty
     reinterpret_cast<uint2*>(to)[at / 4] = make_uint2(pack_floats(type, value[0], value[1]), pack_floats(type, value[2], value[3]));
 }
 
-__device__ __forceinline__ Finish::Finish(const Linear& p, int n) {
+__device__ __forceinline__ Finish::Finish(const Linear& p, int n, int exponent) {
   if (n >= p.outputs) return;
-  factor = ldexpf(1.0f, p.exponent[n]);
+  factor = ldexpf(1.0f, exponent);
   if (p.bias) bias = load_float(p.bias, n, p.bias_type);
 }
 

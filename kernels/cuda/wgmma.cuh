@@ -17,13 +17,18 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t address) {
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits until no more than the last kPending of what was committed are under way. The accumulators of those before pass through, so
-// that the compiler does not read them earlier.
+// Accumulators pass through, so that the compiler neither reads them earlier nor writes them later.
+template <int kCount>
+__device__ __forceinline__ void keep_in_place(int32_t (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+
+// Waits until no more than the last kPending of what was committed are under way, of which d is none.
 template <int kPending, int kCount>
 __device__ __forceinline__ void wgmma_wait(int32_t (&d)[kCount]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
+  keep_in_place(d);
 }
 
 // Stores four 8 x 8 matrices of two-byte numbers transposed: lane 4 g + q holds in pairs[i] what is at row g, columns 2 q and 2 q + 1 of
