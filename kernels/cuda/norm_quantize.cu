@@ -13,18 +13,6 @@ constexpr int kMostWarps = 32;
 template <class T, int kGroups>
 constexpr int kMostRegisters = kGroups == 2 && sizeof(T) == 2 ? 40 : 64;
 
-// The same number in every thread of the block. `partial` is written before the barrier and read after it: each sum needs its own.
-__device__ __forceinline__ float sum_of_block(float value, float (&partial)[kMostWarps], int warp, int lane, int warps) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  if (lane == 0) partial[warp] = value;
-  __syncthreads();
-  value = lane < warps ? partial[lane] : 0.0f;
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
-}
-
 // kCentred: LayerNorm, round(weight * ((x - mean) / deviation) + bias); otherwise LLaMA's RMSNorm, round(weight * round(x / deviation)).
 // kGroups: that a warp takes, at most. kUsual: of rows in vectors to codes in bytes, in two thirds of the instructions: they are fetched
 // anew at each launch, which is felt where a token is all there is.

@@ -123,6 +123,19 @@ __device__ __forceinline__ uint32_t largest_bits(const float (&value)[kCount]) {
   return largest;
 }
 
+// The same number in every thread of a block. `partial` is written before the barrier and read after it: each sum needs its own.
+template <int kMost>
+__device__ __forceinline__ float sum_of_block(float value, float (&partial)[kMost], int warp, int lane, int warps) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  if (lane == 0) partial[warp] = value;
+  __syncthreads();
+  value = lane < warps ? partial[lane] : 0.0f;
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
 constexpr uint32_t kCodeMagicBits = 0x4b400000u;  // of 1.5 * 2^23: added to it a number is rounded half to even
 
 // Numbers to codes, in the lowest byte of their bits (two's complement), and the scale of their group, whose largest absolute value

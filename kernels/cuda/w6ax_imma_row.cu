@@ -1,7 +1,8 @@
 // The product of one token, whose norm and quantisation are part of it: every block does them for itself, in the shadow of its first
 // weights, so that a step of decoding waits for one launch where it would wait for two. Longer rows and activation functions are left to a
 // kernel before, whose blocks share the work: all of it in every block would take longer than a launch. Their codes are multiplied by
-// this kernel all the same, since after another one than itself it begins a microsecond later (an H200 in a decoder's steps).
+// this kernel all the same where w6ax_imma.cu says so, since after another one than itself it begins a microsecond later (an H200 in a
+// decoder's steps).
 #include "imma.cuh"
 #include "kernels.h"
 #include "quantize.cuh"
@@ -27,19 +28,6 @@ __device__ __forceinline__ void quantize_group(float (&value)[4], int bits, cons
   const float scale = quantize(value, __reduce_max_sync(0xffffffffu, largest_bits(value)), bits, code);
   *reinterpret_cast<uint32_t*>(room.codes + group * kGroup + lane * 4) = lowest_bytes(code[0], code[1], code[2], code[3]);
   if (lane == 0) room.scales[group] = scale;
-}
-
-// The same number in every thread of the block. `partial` is written before the barrier and read after it: each sum needs its own.
-template <int kWarps>
-__device__ __forceinline__ float sum_of_block(float value, float (&partial)[kWarps], int warp, int lane) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  if (lane == 0) partial[warp] = value;
-  __syncthreads();
-  value = lane < kWarps ? partial[lane] : 0.0f;
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
 }
 
 constexpr int kAtOnce = 4;  // groups of a warp whose reads are under way together
@@ -103,7 +91,7 @@ __device__ __forceinline__ void quantize_norm(const Row& row, int groups, const 
       });
   float mean = 0.0f;
   if constexpr (kCentred) {
-    mean = sum_of_block<kWarps>(sum, partial[0], warp, lane) / float(features);
+    mean = sum_of_block(sum, partial[0], warp, lane, kWarps) / float(features);
     sum = 0.0f;
     for (int group = warp; group < groups; group += kWarps) {
       float value[4];
@@ -115,7 +103,7 @@ __device__ __forceinline__ void quantize_norm(const Row& row, int groups, const 
       }
     }
   }
-  const float inverse = rsqrtf(sum_of_block<kWarps>(sum, partial[1], warp, lane) / float(features) + norm.epsilon);
+  const float inverse = rsqrtf(sum_of_block(sum, partial[1], warp, lane, kWarps) / float(features) + norm.epsilon);
   Four<T> weight[kAtOnce], bias[kAtOnce] = {};
   each_group<kWarps>(
       groups,
