@@ -1,10 +1,10 @@
 """The compiled CUDA kernels behind checked, tensor-level functions.
 
 A layer's weights are repacked once, from the canonical rows to the chunks of kernels/cuda/layout.cuh; a call then
-quantises its activations and multiplies, two launches on the current stream. What comes before the layer in a transformer
-block (RMSNorm, LayerNorm, SiLU times up, ReLU) can be fused into the first of them: `*_quantize`. Nothing waits for the
-GPU, so that calls can be captured in CUDA graphs. For the same reason a token that is not finite raises nothing: all its
-outputs are NaN.
+quantises its activations and multiplies, two launches on the current stream, or one where `takes_row`. What comes before
+the layer in a transformer block (RMSNorm, LayerNorm, SiLU times up, ReLU) can be fused into the first of them:
+`*_quantize`. Nothing waits for the GPU, so that calls can be captured in CUDA graphs. For the same reason a token that is
+not finite raises nothing: all its outputs are NaN.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ MOST_NORM_FEATURES = 16384
 MOST_ROW_GROUPS = 64
 """Of one token, that a product quantises itself (w6ax_imma_row.cu)."""
 
+_BEFORE = {"numbers": 1, "rms_norm": 2, "layer_norm": 3}
+"""What a product of one token can begin with (`Before` in layout.cuh)."""
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TOKEN_TILES = {"imma": (1, 2, 4, 8), "bmma": (1, 2), "wgmma": (2, 4, 8, 16)}
 """Of 8 tokens, that a record of activations can hold for a backend's kernel. A block's tile is the tokens of one record; that of
@@ -205,8 +207,7 @@ def _norm_quantize(operation, x, weight, bias, eps, activation_bits, backend, re
     _require_quantizable(rows, activation_bits, backend, vectors)
     if not 0 < x.shape[1] <= MOST_NORM_FEATURES:
         raise ValueError(f"x has {x.shape[1]} features; accepted by a fused norm: 1 to {MOST_NORM_FEATURES}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps is {eps}; accepted: a finite number, at least 0")
+    _require_eps(eps)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     total = None if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     operands = (
@@ -219,6 +220,11 @@ def _norm_quantize(operation, x, weight, bias, eps, activation_bits, backend, re
     )
     records = _quantize(operation, x, operands, activation_bits, backend, out)
     return records if total is None else (records, total)
+
+
+def _require_eps(eps: float) -> None:
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps}; accepted: a finite number, at least 0")
 
 
 def _quantize(
@@ -383,8 +389,8 @@ def linear_of_row(
         )
     if norm is None and residual is not None:
         raise ValueError("a residual is added before a norm; accepted without one: None")
-    if norm is not None and not 0 <= norm.eps < math.inf:
-        raise ValueError(f"eps is {norm.eps}; accepted: a finite number, at least 0")
+    if norm is not None:
+        _require_eps(norm.eps)
     x, residual, weight, shift = (
         None if each is None else _vectors(each)
         for each in (x, residual, *((None, None) if norm is None else norm[:2]))
@@ -400,7 +406,7 @@ def linear_of_row(
             out.data_ptr(),
             outputs,
             groups,
-            1 if norm is None else 3 if norm.centred else 2,
+            _BEFORE["numbers" if norm is None else "layer_norm" if norm.centred else "rms_norm"],
             _address(x),
             _address(residual),
             _address(total),
@@ -425,12 +431,13 @@ def w6ax_linear(
     x: Tensor, chunks: Tensor, weight_exponent: Tensor, bias: Tensor | None, activation_bits: int, backend: str
 ) -> Tensor:
     """[M, K] times repacked weights → [M, N] in x's dtype, on operands that `ops` has checked; `auto` is `backend_for`."""
-    out = x.new_empty(x.shape[0], weight_exponent.shape[0])
+    outputs = weight_exponent.shape[0]
+    if backend == "auto" and x.shape[0] and outputs:
+        backend = backend_for(*x.shape, outputs, x.device)
+    if backend == "imma" and takes_row(*x.shape, x.dtype) and outputs:
+        return linear_of_row(x, chunks, weight_exponent, bias, activation_bits)[0]
+    out = x.new_empty(x.shape[0], outputs)
     if out.numel():
-        if backend == "auto":
-            backend = backend_for(*x.shape, out.shape[1], x.device)
-        if backend == "imma" and takes_row(*x.shape, x.dtype):
-            return linear_of_row(x, chunks, weight_exponent, bias, activation_bits)[0]
         records = quantize_activation(x, activation_bits, backend)
         linear(records, x.shape[0], chunks, weight_exponent, bias, activation_bits, backend, out)
     return out

@@ -4,8 +4,8 @@
     qkv → attention → o → + & norm & quantise → gate_up → SiLU × & quantise → down → + & norm & quantise      fused
 
 The last of these is the next block's norm: a block hands the result on beside the sum that it returns. Of one token on a GPU
-the products but `down` begin with their own norm and quantisation (w6ax_imma_row.cu), and a block hands on the two that are
-summed.
+the products but `down` begin with their own norm, if any, and quantisation (w6ax_imma_row.cu; `cuda.takes_row` says which
+rows), and a block hands on the two that are summed.
 
 Projections that read the same activations become one layer, and what feeds a `FlexQLinear` quantises its result for it
 (runtime/activations.py). Attention is the model's own: where q, k and v were stands what picks theirs out of the merged

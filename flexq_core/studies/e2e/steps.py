@@ -15,7 +15,8 @@ from flexq_core.studies.e2e.linears import model_bytes
 from flexq_core.studies.e2e.processes import local_part
 
 PARTS = ("gemm", "attention", "other")
-"""Of a step: matrix products, attention, and all else (norms, quantisation, rotary embeddings, caches, sampling)."""
+"""Of a step: matrix products with what is part of their kernels (with one token FlexQ's norms and some quantisation), attention,
+and all else (norms and quantisation apart, rotary embeddings, caches, sampling)."""
 
 _NAMES = {
     "attention": ("fmha", "flash", "softmax", "attention_kernel"),
