@@ -52,6 +52,7 @@ reference: env  ## keep this machine's records in outputs/reference/$(MACHINE)/ 
 
 kernels: env  ## time the paper's shapes on this machine's GPU into outputs/reference/$(MACHINE)/ (the card, such as h100, unless set)
 	@$(KERNELS) --shapes paper --tokens $(DECODE) 128 --methods imma wgmma bmma $(LIBRARIES) --combinations usual
+	@$(KERNELS) --shapes paper --tokens 256 512 1024 --methods imma wgmma $(LIBRARIES)
 	@$(KERNELS) --shapes paper-a8 --tokens $(DECODE) --methods imma wgmma bmma $(LIBRARIES) --activation-bits 8
 	@$(KERNELS) --shapes $(SWEPT) --tokens $(DECODE) $(PREFILL) --methods imma wgmma $(LIBRARIES) --activation-bits 6 8
 	@$(KERNELS) --shapes 28672x8192 4096x4096 --tokens 1 --methods torchao-int8wo
