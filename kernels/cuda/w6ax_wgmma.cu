@@ -71,6 +71,7 @@ struct Shape {
   static constexpr int kTurnedBytes = kManyTiles ? kTurnedTokens * 16 * 2 : 0;  // of a warp: two bytes for each of its 16 outputs
   static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + kWarps * kTurnedBytes + 1024;
   static_assert(kTokens * kSumStride * 4 <= kStages * kStageBytes, "the sums fit where the stages were");
+  static_assert(kEarlyStages < kStages, "the first stages are filled in their first turn");
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ / 100 == 9
