@@ -4,8 +4,8 @@
 
 namespace flexq {
 
-// Four bytes 4 q from the words of a lane's half chunk: the upper four bits from a nibble, the next two from a field of two bits, and
-// zeros. Four times the code is a signed byte as it stands, with neither an offset to undo nor a sign to extend.
+// Four bytes, each four times a code, from the words of a lane's half chunk: the upper four bits from a nibble, the next two from a
+// field of two bits, and zeros. That is a signed byte as it stands, with neither an offset to undo nor a sign to extend.
 __device__ __forceinline__ void expand(const uint32_t (&words)[12], int s, uint32_t (&a)[4]) {
   constexpr uint32_t kUpper = 0xf0f0f0f0u, kLower = 0x0c0c0c0cu;
   const uint32_t n0 = words[2 * s], n1 = words[2 * s + 1], t = words[8 + s];

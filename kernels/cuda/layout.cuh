@@ -1,7 +1,7 @@
 // How operands lie in memory for the tensor-core kernels, and what a call is told.
 //
-// Weights: chunks of 32 outputs x 1 group (128 codes), [output / 32][group], padded with zero rows. A chunk is what one warp
-// consumes in a step, contiguous, in the order of its registers: no shuffle, no bank conflict, one bulk copy.
+// Weights: chunks of 32 outputs x 1 group (128 codes), [output / 32][group], padded with zero rows. A chunk is what one warp, or
+// two of wgmma, consumes in a step, contiguous, in the order of its registers: no shuffle, no bank conflict, one bulk copy.
 //
 //   byte 0            512          1024          1536          2048          2560         3072     3136
 //        | half 0: three vectors of 16 bytes a lane | half 1: outputs 16 to 31 ...        | scales  |

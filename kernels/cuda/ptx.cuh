@@ -38,7 +38,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// A barrier among the first kThreads threads of a block, where the others have left.
+// A barrier among the first kThreads threads of a block; the others take no part in it.
 template <int kThreads>
 __device__ __forceinline__ void threads_meet() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");

@@ -36,7 +36,7 @@ constexpr int kConsumers = kWarps * 32;
 constexpr int kSumStride = kRows + 4;  // floats; 8 q + g are 32 different banks
 constexpr int kMostRecordTokens = 128;
 constexpr int kFileRegisters = 65536, kFetchRegisters = 24;  // of a multiprocessor; of a fetching thread
-constexpr int kMultiprocessorBytes = 226 * 1024;  // of shared memory, less what two blocks take besides their stages
+constexpr int kMultiprocessorBytes = 228 * 1024, kBlockBytes = 2 * 1024;  // of shared memory; what a block takes besides its stages
 
 constexpr int whole_kib(int bytes) { return (bytes + 1023) / 1024 * 1024; }
 
@@ -49,7 +49,7 @@ struct Shape {
   // Swizzled operands begin at multiples of 1024 bytes, and so do every stage and every record in it; the chunks follow the last.
   static constexpr int kRecordStride = whole_kib(kRecordBytes), kChunksAt = (kRecords - 1) * kRecordStride + kRecordBytes;
   static constexpr int kStageBytes = whole_kib(kChunksAt + kChunks * kChunkBytes);
-  static constexpr int kBlocksAtOnce = 2 * kStages * kStageBytes <= kMultiprocessorBytes ? 2 : 1;
+  static constexpr int kBlocksAtOnce = 2 * (kStages * (kStageBytes + 16) + kBlockBytes) <= kMultiprocessorBytes ? 2 : 1;
   static constexpr bool kManyTiles = kBlocksAtOnce == 1;  // a block can take more than one
   // From 64 tokens on the multiplying warps want more registers than their share: they take those of the fetching warp, for which it has a
   // warpgroup to itself, since registers move between whole ones only.
@@ -427,8 +427,8 @@ struct Variant {
   static int tiles(const Linear& p) { return (p.outputs + kRows - 1) / kRows * ((p.tokens + kTokens - 1) / kTokens); }
 
   static int clusters(int split) {
-    const int blocks = blocks_at_once("w6ax_wgmma", kKernel, Parts::kThreads, Parts::kSharedBytes);
-    return split == 1 ? blocks : clusters_at_once("w6ax_wgmma", kKernel, Parts::kThreads, Parts::kSharedBytes, split);
+    return split == 1 ? blocks_at_once("w6ax_wgmma", kKernel, Parts::kThreads, Parts::kSharedBytes)
+                      : clusters_at_once("w6ax_wgmma", kKernel, Parts::kThreads, Parts::kSharedBytes, split);
   }
 
   static Plan plan(const Linear& p) {
@@ -439,6 +439,7 @@ struct Variant {
     const auto consider = [&](Plan plan) {
       if (best.time == 0.0f || plan.time < best.time) best = plan;
     };
+    // Alone first: whether a block fits the card is asked there, once for all.
     for (int split = 1; split <= kMostSplit && (split == 1 || p.groups >= kLeastGroups * split); ++split) {
       const int at_once = clusters(split), count = tiles(p);
       if (at_once == 0) break;
@@ -480,6 +481,8 @@ void run_fastest(const Linear& p, cudaStream_t stream) {
 }  // namespace
 
 void w6ax_wgmma(const Linear& p, int token_tiles, cudaStream_t stream) {
+  if (device_attribute("w6ax_wgmma", cudaDevAttrComputeCapabilityMajor) != 9)
+    throw std::invalid_argument("w6ax_wgmma needs a card of compute capability 9; this one has imma and bmma");
   switch (token_tiles) {  // with few tokens small blocks, two at once, or a large one, which takes many tiles
     case 2: return run_fastest<Variant<16, 16, 5>, Variant<16, 16, 14>>(p, stream);
     case 4: return run_fastest<Variant<32, 32, 5>, Variant<32, 32, 12>>(p, stream);
