@@ -73,14 +73,14 @@ def test_a_row_gives_the_bits_of_quantisation_and_product(shape, dtype):
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_codes_are_those_of_the_kernels_apart(shape, dtype):
-    """Of any numbers, where blocks have as many warps apart, so that sums have one order."""
+    """Of any numbers, bit for bit; in another order where apart two blocks of fewer warps share a multiprocessor."""
     tiles, processors = -(-shape[0] // 32), torch.cuda.get_device_properties(DEVICE).multi_processor_count
-    if processors < tiles < 4 / 3 * processors:
-        pytest.skip("apart two blocks share a multiprocessor here, of fewer warps")
+    another_order = processors < tiles < 4 / 3 * processors
+    relative, absolute = (torch.finfo(dtype).eps, 1e-4) if another_order else (0, 0)  # a unit of the last place
     operands, x = layer(*shape), random(1, shape[1], dtype=dtype, seed=4)
     for bits in (6, 8):
         found, _ = cuda.linear_of_row(x, *operands, bits)
-        assert torch.equal(found, apart(x, operands, bits))
+        torch.testing.assert_close(found, apart(x, operands, bits), rtol=relative, atol=absolute)
 
 
 @gpu
