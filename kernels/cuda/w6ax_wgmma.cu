@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
   asm volatile("" : "+r"(lane));
   const int g = lane / 4, q = lane % 4;
   if (threadIdx.x == 0) {  // a stage is empty when every multiplying thread has said that it has read it: no warp waits for its lanes
-    for (int s = 0; s < kStages; ++s) barrier_init(full + s, 1), barrier_init(empty + s, kWarps * 32);
+    for (int s = 0; s < kStages; ++s) barrier_init(full + s, 1), barrier_init(empty + s, kConsumers);
     barriers_are_ready();
   }
   __syncthreads();
@@ -424,7 +424,8 @@ struct Variant {
   using Parts = Shape<kTokens, kUnit, kStages>;
   static constexpr auto kKernel = w6ax_wgmma_kernel<kTokens, kUnit, kStages>;
 
-  static int tiles(const Linear& p) { return (p.outputs + kRows - 1) / kRows * ((p.tokens + kTokens - 1) / kTokens); }
+  static int token_tiles(const Linear& p) { return (p.tokens + kTokens - 1) / kTokens; }
+  static int tiles(const Linear& p) { return (p.outputs + kRows - 1) / kRows * token_tiles(p); }
 
   static int clusters(int split) {
     return split == 1 ? blocks_at_once("w6ax_wgmma", kKernel, Parts::kThreads, Parts::kSharedBytes)
@@ -459,8 +460,7 @@ struct Variant {
 
   static void run(const Linear& p, const Plan& plan, cudaStream_t stream) {
     const int blocks = std::min(plan.whole > 0 ? clusters(plan.split) : tiles(p), tiles(p)) * plan.split;
-    const int token_tiles = (p.tokens + kTokens - 1) / kTokens;
-    launch("w6ax_wgmma", kKernel, dim3(blocks), Parts::kThreads, Parts::kSharedBytes, plan.split, stream, p, token_tiles, tiles(p),
+    launch("w6ax_wgmma", kKernel, dim3(blocks), Parts::kThreads, Parts::kSharedBytes, plan.split, stream, p, token_tiles(p), tiles(p),
            plan.split, plan.whole);
   }
 };
