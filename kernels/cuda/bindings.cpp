@@ -81,6 +81,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("silu_mul_quantize", [](Matrix gate, Matrix up, int type, Quantized to, Address stream) {
     silu_mul_quantize(rows(gate), rows(up), Float(type), records(to), pointer<CUstream_st>(stream));
   });
+  module.def("wgmma_tiling", [](int tokens, int outputs, int groups, int y_type, int token_tiles) {
+    Linear linear{};
+    linear.tokens = tokens, linear.outputs = outputs, linear.groups = groups, linear.y_type = Float(y_type);
+    const Tiling tiling = w6ax_wgmma_tiling(linear, token_tiles);
+    return std::make_tuple(tiling.rows, tiling.tokens, tiling.split, tiling.whole);
+  });
   module.def("linear_of_row", &bind_linear_of_row);
   module.def("rms_norm_quantize", &bind_norm<rms_norm_quantize>);
   module.def("layer_norm_quantize", &bind_norm<layer_norm_quantize>);

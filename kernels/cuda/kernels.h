@@ -32,6 +32,13 @@ void w6ax_imma(const Linear& linear, int token_tiles, cudaStream_t stream);
 // Of one token. Whether a block's shared memory holds the row; if not nothing is launched.
 bool w6ax_imma_row(const Linear& linear, const Row& row, cudaStream_t stream);
 void w6ax_wgmma(const Linear& linear, int token_tiles, cudaStream_t stream);
+
+// What w6ax_wgmma does for this many tokens, outputs and groups on the current card, for tests of each of its forms: tiles of so many
+// outputs and tokens, how many blocks share the groups of one, and how many tiles each block takes whole before.
+struct Tiling {
+  int rows, tokens, split, whole;
+};
+Tiling w6ax_wgmma_tiling(const Linear& linear, int token_tiles);
 void w6ax_bmma(const Linear& linear, int token_tiles, int activation_bits, cudaStream_t stream);
 
 inline void check(cudaError_t status, const char* what) {

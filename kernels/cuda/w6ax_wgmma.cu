@@ -1,17 +1,18 @@
 // W6Ax for many tokens on Hopper: 6-bit weights become bytes in registers and meet the activations in shared memory (s8 wgmma).
 //
-// A block computes tiles of 128 outputs x kTokens tokens. One warp fetches and leaves; two warpgroups multiply, each 64 outputs. Weights
-// go from shared memory to registers, where a code costs 0.8 instructions to expand, and from there straight into the tensor cores: what
-// is expanded is never stored. Then the sums are scaled and added in float32, three instructions a sum and group. With 256 tokens the
-// tensor cores multiply 64 of them while the warpgroup adds the 64 before. Two small blocks share a multiprocessor, so that one multiplies
-// while the other waits; a large one takes one tile after the other: while sums are stored, the next tile's stages fill.
+// A block computes tiles of 128 or 192 outputs x kTokens tokens. One warp fetches and leaves; two or three warpgroups multiply, each 64
+// outputs. Weights go from shared memory to registers, where a code costs 0.8 instructions to expand, and from there straight into the
+// tensor cores: what is expanded is never stored. Then the sums are scaled and added in float32, three instructions a sum and group. With
+// 256 tokens the tensor cores multiply 64 of them while the warpgroup adds the 64 before; three warpgroups have no registers for that, and
+// multiply and add in turns. Two small blocks share a multiprocessor, so that one multiplies while the other waits; a large one takes one
+// tile after the other: while sums are stored, the next tile's stages fill.
 //
 // What bounds it is the ports of the registers. The tensor cores read and write all sums of a k-step through them, and while they do, an
 // instruction takes three cycles instead of 1.4. A group of a tile is 1024 cycles of tensor cores and 2 x 530 instructions a scheduler:
 // 341 of these fit into those cycles, and the others take as long again. Without the conversions it would be 12% faster, but both ways
 // to spare them cost as much: sums that start at kMagicBits are read once more, and sums that start at a product of constants, so large
 // that none is negative and the bits are those of a denormal number, take a k-step more (in every second unit it gains 3%). With up to
-// 128 tokens the tensor cores have the time: there sums start at kMagicBits, which gains 1 to 3%.
+// 128 tokens and two warpgroups the tensor cores have the time: there sums start at kMagicBits, which gains 1 to 3% (three lose 5%).
 //
 // Where a cluster of blocks is sooner done it shares the groups of a tile (see `Plan`), and each block adds up its share of the tokens from
 // its neighbours' shared memory, in their order: the result does not depend on timing.
@@ -28,21 +29,18 @@
 namespace flexq {
 namespace {
 
-constexpr int kRows = 128;       // of a tile
-constexpr int kWarps = 8;        // that multiply: two warpgroups
 constexpr int kMostSplit = 6;    // blocks of a cluster
 constexpr int kLeastGroups = 8;  // of a block of a cluster
-constexpr int kConsumers = kWarps * 32;
-constexpr int kSumStride = kRows + 4;  // floats; 8 q + g are 32 different banks
 constexpr int kMostRecordTokens = 128;
 constexpr int kFileRegisters = 65536, kFetchRegisters = 24;  // of a multiprocessor; of a fetching thread
 constexpr int kMultiprocessorBytes = 228 * 1024, kBlockBytes = 2 * 1024;  // of shared memory; what a block takes besides its stages
 
 constexpr int whole_kib(int bytes) { return (bytes + 1023) / 1024 * 1024; }
 
-// kUnit: tokens that are multiplied at once.
-template <int kTokens, int kUnit, int kStages>
+// kUnit: tokens that are multiplied at once; with 192 rows there are registers for no more than one unit's sums of a group.
+template <int kRows, int kTokens, int kUnit, int kStages>
 struct Shape {
+  static constexpr int kWarps = kRows / 16, kConsumers = kWarps * 32;
   static constexpr int kChunks = kRows / kChunkRows;
   static constexpr int kRecordTokens = kTokens < kMostRecordTokens ? kTokens : kMostRecordTokens, kRecords = kTokens / kRecordTokens;
   static constexpr int kRecordBytes = activation_record_bytes(Order::swizzled, 8, kRecordTokens / kTokenTile);
@@ -52,24 +50,18 @@ struct Shape {
   static constexpr int kBlocksAtOnce = 2 * (kStages * (kStageBytes + 16) + kBlockBytes) <= kMultiprocessorBytes ? 2 : 1;
   static constexpr bool kManyTiles = kBlocksAtOnce == 1;  // a block can take more than one
   // From 64 tokens on the multiplying warps want more registers than their share: they take those of the fetching warp, for which it has a
-  // warpgroup to itself, since registers move between whole ones only.
-  static constexpr int kRegisters = kManyTiles ? 240 : kTokens < 64 ? 0 : 104;  // 0: as the compiler allots them
-  static constexpr int kThreads = kConsumers + (kRegisters ? 128 : 32);
-  // As __launch_bounds__ allots them, a multiple of 8; the fetching warpgroup keeps kFetchRegisters.
-  static constexpr int kAllotted = kFileRegisters / (kThreads * kBlocksAtOnce) / 8 * 8;
-  static_assert(kConsumers * kRegisters + 128 * kFetchRegisters <= kThreads * kAllotted, "no warp waits for registers for ever");
-  // How long a group of a tile takes on an H200, in ns, and, in that of a group, all else of a tile that a block takes alone or shares with
-  // its cluster. Fitted to the times of the paper's layers in every cluster that can run, within 3% (small blocks: 4 to 10%).
-  static constexpr float kGroupTime = kTokens == 256   ? 1090
-                                      : kTokens == 128 ? 660
-                                      : kTokens == 64  ? (kManyTiles ? 440 : 690)
-                                      : kTokens == 32  ? (kManyTiles ? 380 : 590)
-                                                       : (kManyTiles ? 360 : 555);
-  static constexpr float kAloneTime = kManyTiles ? 4.4f : 6.5f, kSharedTime = kTokens == 256 ? 7.7f : kManyTiles ? 9.0f : 7.0f;
+  // warpgroup to itself, since registers move between whole ones only. __launch_bounds__ allots a multiple of 8.
+  static constexpr bool kTakesRegisters = kManyTiles || kTokens >= 64;
+  static constexpr int kThreads = kConsumers + (kTakesRegisters ? 128 : 32);
+  static constexpr int kAllotted = kThreads * (kFileRegisters / (kThreads * kBlocksAtOnce) / 8 * 8);  // of a block
+  static constexpr int kRegisters = kTakesRegisters ? (kAllotted - 128 * kFetchRegisters) / kConsumers / 8 * 8 : 0;
+  static_assert(kRegisters <= 255, "as many as an instruction can name");
   static constexpr int kEarlyStages = kTokens == 16 ? 3 : 2;  // of weights, before activations are there: more would keep those waiting
   static constexpr int kTurnedTokens = kTokens == 256 ? 64 : kTokens > 16 ? 32 : 16;  // that are stored at once, as there is room
+  static constexpr int kRowFours = kRows / 4, kSumStride = kRows + 4;  // floats; 8 q + g are 32 different banks
   static constexpr int kTurnedBytes = kManyTiles ? kTurnedTokens * 16 * 2 : 0;  // of a warp: two bytes for each of its 16 outputs
   static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + kWarps * kTurnedBytes + 1024;
+  static_assert(kRows % 64 == 0 && kConsumers % kRowFours == 0, "whole warpgroups, of which a thread adds up the same four outputs");
   static_assert(kTokens * kSumStride * 4 <= kStages * kStageBytes, "the sums fit where the stages were");
   static_assert(kEarlyStages < kStages, "the first stages are filled in their first turn");
 };
@@ -150,21 +142,20 @@ struct FinishFour {
   }
 };
 
-constexpr int kRowFours = kRows / 4;
-
 // Adds up, in their order, a tile's sums of a cluster's kSplit blocks, and stores them: of a few tokens in every kSplit times as many.
 // `sums` is [token][output] in each block's shared memory; neighbouring threads store neighbouring outputs, four each.
-template <int kTokens, int kSplit>
+template <class Parts, int kTokens, int kSplit>
 __device__ __forceinline__ void add_up_and_store(const Linear& p, float* sums, int first_output, int first_token, int rank,
                                                  const FinishFour& finish) {
-  constexpr int kTogether = kConsumers / kRowFours, kStride = kTogether * kSplit, kMine = (kTokens + kStride - 1) / kStride;  // tokens
+  constexpr int kTogether = Parts::kConsumers / Parts::kRowFours, kStride = kTogether * kSplit;  // tokens
+  constexpr int kMine = (kTokens + kStride - 1) / kStride;
   // A neighbour's memory is far: many parts are asked for before the first is needed. What is unrolled is run once, so that each line of
   // it is fetched from far as well: not too many.
   constexpr int kMostParts = 20, kMostAtOnce = 8;
   constexpr int kParts = (kMine * kSplit + kMostParts - 1) / kMostParts, kStores = (kMine + kMostAtOnce - 1) / kMostAtOnce;
   constexpr int kBatches = kParts > kStores ? kParts : kStores, kAtOnce = (kMine + kBatches - 1) / kBatches;
   const auto cluster = cooperative_groups::this_cluster();
-  const int row = threadIdx.x % kRowFours * 4, first = threadIdx.x / kRowFours + rank * kTogether;
+  const int row = threadIdx.x % Parts::kRowFours * 4, first = threadIdx.x / Parts::kRowFours + rank * kTogether;
 #pragma unroll 1
   for (int batch = 0; batch < kBatches; ++batch) {
     const int start = first + batch * kAtOnce * kStride;
@@ -175,7 +166,7 @@ __device__ __forceinline__ void add_up_and_store(const Linear& p, float* sums, i
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int token = start + i * kStride;
-        parts[i][r] = token < kTokens ? *reinterpret_cast<const float4*>(from + token * kSumStride) : float4{};
+        parts[i][r] = token < kTokens ? *reinterpret_cast<const float4*>(from + token * Parts::kSumStride) : float4{};
       }
     }
     if (kSplit > 1 && batch == kBatches - 1) cluster.barrier_arrive();  // it has read all
@@ -192,33 +183,33 @@ __device__ __forceinline__ void add_up_and_store(const Linear& p, float* sums, i
 }
 
 // Stores what all threads hold of a tile, a block's own or its part in a cluster's: it goes through `shared`, where the stages were.
-template <int kTokens, int kUnit>
+template <class Parts, int kTokens, int kUnit>
 __device__ __forceinline__ void store_through_stages(const Linear& p, const float (&sums)[kTokens / kUnit][kUnit / 2],
                                                      uint8_t* shared, int first_output, int first_token, int split, int rank) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first_of_four = first_output + threadIdx.x % kRowFours * 4;
+  const int first_of_four = first_output + threadIdx.x % Parts::kRowFours * 4;
   const uint32_t exponents = load_four_exponents(p, first_of_four);  // before the others are waited for
-  threads_meet<kConsumers>();
+  threads_meet<Parts::kConsumers>();
   auto* buffer = reinterpret_cast<float*>(shared);
 #pragma unroll
   for (int unit = 0; unit < kTokens / kUnit; ++unit)
 #pragma unroll
     for (int e = 0; e < kUnit / 2; ++e) {
       const int token = unit * kUnit + e / 4 * 8 + lane % 4 * 2 + e % 2, row = warp * 16 + lane / 4 + e % 4 / 2 * 8;
-      buffer[token * kSumStride + row] = sums[unit][e];
+      buffer[token * Parts::kSumStride + row] = sums[unit][e];
     }
   if (split == 1)
-    threads_meet<kConsumers>();
+    threads_meet<Parts::kConsumers>();
   else
     cooperative_groups::this_cluster().sync();  // threads that have left do not count
   const FinishFour finish(p, first_of_four, exponents);
   switch (split) {
-    case 1: return add_up_and_store<kTokens, 1>(p, buffer, first_output, first_token, rank, finish);
-    case 2: return add_up_and_store<kTokens, 2>(p, buffer, first_output, first_token, rank, finish);
-    case 3: return add_up_and_store<kTokens, 3>(p, buffer, first_output, first_token, rank, finish);
-    case 4: return add_up_and_store<kTokens, 4>(p, buffer, first_output, first_token, rank, finish);
-    case 5: return add_up_and_store<kTokens, 5>(p, buffer, first_output, first_token, rank, finish);
-    default: return add_up_and_store<kTokens, kMostSplit>(p, buffer, first_output, first_token, rank, finish);
+    case 1: return add_up_and_store<Parts, kTokens, 1>(p, buffer, first_output, first_token, rank, finish);
+    case 2: return add_up_and_store<Parts, kTokens, 2>(p, buffer, first_output, first_token, rank, finish);
+    case 3: return add_up_and_store<Parts, kTokens, 3>(p, buffer, first_output, first_token, rank, finish);
+    case 4: return add_up_and_store<Parts, kTokens, 4>(p, buffer, first_output, first_token, rank, finish);
+    case 5: return add_up_and_store<Parts, kTokens, 5>(p, buffer, first_output, first_token, rank, finish);
+    default: return add_up_and_store<Parts, kTokens, kMostSplit>(p, buffer, first_output, first_token, rank, finish);
   }
 }
 
@@ -238,13 +229,13 @@ struct Turn {
   }
 };
 
-template <int kTokens, int kUnit, int kStages>
-__global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shape<kTokens, kUnit, kStages>::kBlocksAtOnce)
+template <int kRows, int kTokens, int kUnit, int kStages>
+__global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThreads, Shape<kRows, kTokens, kUnit, kStages>::kBlocksAtOnce)
     w6ax_wgmma_kernel(const __grid_constant__ Linear p, int token_tiles, int tiles, int split, int whole) {
 #if __CUDA_ARCH__ / 100 == 9  // the host never launches it elsewhere
-  using Parts = Shape<kTokens, kUnit, kStages>;
-  constexpr int kUnits = kTokens / kUnit, kUnitsOfRecord = kUnits / Parts::kRecords, kBuffers = kUnits > 1 ? 2 : 1;
-  constexpr bool kMagicStart = kTokens <= 128;
+  using Parts = Shape<kRows, kTokens, kUnit, kStages>;
+  constexpr int kUnits = kTokens / kUnit, kUnitsOfRecord = kUnits / Parts::kRecords, kBuffers = kUnits > 1 && kRows == 128 ? 2 : 1;
+  constexpr bool kMagicStart = kTokens <= 128 && kRows == 128;
   // Of a stage's bytes.
   const auto codes_at = [](int unit) { return unit / kUnitsOfRecord * Parts::kRecordStride + unit % kUnitsOfRecord * kUnit * kGroup; };
   const auto scales_at = [](int unit) { return unit / kUnitsOfRecord * Parts::kRecordStride + unit % kUnitsOfRecord * kUnit * 4; };
@@ -253,7 +244,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
   extern __shared__ uint8_t unaligned[];
   uint8_t* shared = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
   uint8_t* turned = shared + kStages * Parts::kStageBytes;
-  auto* full = reinterpret_cast<uint64_t*>(turned + kWarps * Parts::kTurnedBytes);
+  auto* full = reinterpret_cast<uint64_t*>(turned + Parts::kWarps * Parts::kTurnedBytes);
   uint64_t* empty = full + kStages;
   allow_next_kernel();
 
@@ -263,14 +254,14 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
   asm volatile("" : "+r"(lane));
   const int g = lane / 4, q = lane % 4;
   if (threadIdx.x == 0) {  // a stage is empty when every multiplying thread has said that it has read it: no warp waits for its lanes
-    for (int s = 0; s < kStages; ++s) barrier_init(full + s, 1), barrier_init(empty + s, kConsumers);
+    for (int s = 0; s < kStages; ++s) barrier_init(full + s, 1), barrier_init(empty + s, Parts::kConsumers);
     barriers_are_ready();
   }
   __syncthreads();
 
-  if (warp >= kWarps) {
+  if (warp >= Parts::kWarps) {
     if constexpr (Parts::kRegisters > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFetchRegisters));
-    if (warp > kWarps) return;
+    if (warp > Parts::kWarps) return;
     const uint64_t policy = token_tiles == 1 ? evict_first() : evict_last();
     int stage = 0, parity = 0;
     for (int turn = 0; turn <= whole; ++turn) {
@@ -366,13 +357,15 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
           float4 early[kEarlyScales + 1];                                              // an array of none is no C++
 #pragma unroll
           for (int j = 0; j < kEarlyScales; ++j) early[j] = scales[4 * j];
-          if (unit + 1 < kUnits) {
-            multiply(unit + 1);
-            wgmma_wait<1>(sum);
-          } else {
+          if (unit + 1 == kUnits) {
             here += Parts::kStageBytes;
             if (++stage == kStages) stage = 0, parity ^= 1, here = shared;
             if (step + 1 < groups) load_words();
+          }
+          if (kBuffers > 1 && unit + 1 < kUnits) {
+            multiply(unit + 1);
+            wgmma_wait<1>(sum);
+          } else {
             wgmma_wait<0>(sum);
           }
           float scaled_sum[kUnit / 2];
@@ -387,6 +380,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
 #pragma unroll
             for (int i = 0; i < 8; ++i) sums[unit][8 * j + i] = fmaf(scaled_sum[8 * j + i], s[i / 4 * 2 + i % 2], sums[unit][8 * j + i]);
           }
+          if (kBuffers == 1 && unit + 1 < kUnits) multiply(unit + 1);
         }
         barrier_arrive(done);
       }
@@ -406,23 +400,30 @@ __global__ void __launch_bounds__(Shape<kTokens, kUnit, kStages>::kThreads, Shap
           continue;
         }
       }
-      store_through_stages<kTokens, kUnit>(p, sums, shared, first_output, first_token, split, now.rank);
+      store_through_stages<Parts, kTokens, kUnit>(p, sums, shared, first_output, first_token, split, now.rank);
       break;
     }
   }
 #endif
 }
 
-// How many blocks share the groups of a tile, how many tiles each takes whole before, and how long all take: 0 where no block can run.
+// Tiles of how many outputs and tokens, how many blocks share the groups of one and how many each takes whole before; and how long all
+// take, 0 where no block can run.
 struct Plan {
-  int split, whole;
+  Tiling tiling;
   float time;
+  void (*run)(const Linear&, const Tiling&, cudaStream_t);
 };
 
-template <int kTokens, int kUnit, int kStages>
+// kGroupTime: how long a group of a tile takes on an H200, in ns.
+template <int kRows, int kTokens, int kUnit, int kStages, int kGroupTime>
 struct Variant {
-  using Parts = Shape<kTokens, kUnit, kStages>;
-  static constexpr auto kKernel = w6ax_wgmma_kernel<kTokens, kUnit, kStages>;
+  using Parts = Shape<kRows, kTokens, kUnit, kStages>;
+  static constexpr auto kKernel = w6ax_wgmma_kernel<kRows, kTokens, kUnit, kStages>;
+  // As long as so many groups takes all else of a tile that a block takes alone or shares with its cluster. With kGroupTime, times of the
+  // paper's layers in every cluster that can run follow within 3%, those of small blocks within 4 to 10%.
+  static constexpr float kAloneGroups = Parts::kManyTiles ? 4.4f : 6.5f;
+  static constexpr float kSharedGroups = kTokens == 256 ? 7.7f : Parts::kManyTiles ? 9.0f : 7.0f;
 
   static int token_tiles(const Linear& p) { return (p.tokens + kTokens - 1) / kTokens; }
   static int tiles(const Linear& p) { return (p.outputs + kRows - 1) / kRows * token_tiles(p); }
@@ -435,10 +436,10 @@ struct Variant {
   static Plan plan(const Linear& p) {
     // Float32 outputs are stored through the stages, so that a block has no more than one tile of them.
     const bool many_tiles = Parts::kManyTiles && p.y_type != Float::f32;
-    const float alone = Parts::kGroupTime * (p.groups + Parts::kAloneTime);
-    Plan best{1, 0, 0.0f};
-    const auto consider = [&](Plan plan) {
-      if (best.time == 0.0f || plan.time < best.time) best = plan;
+    const float alone = kGroupTime * (p.groups + kAloneGroups);
+    Plan best{};
+    const auto consider = [&](int split, int whole, float time) {
+      if (best.time == 0.0f || time < best.time) best = {{kRows, kTokens, split, whole}, time, run};
     };
     // Alone first: whether a block fits the card is asked there, once for all.
     for (int split = 1; split <= kMostSplit && (split == 1 || p.groups >= kLeastGroups * split); ++split) {
@@ -446,51 +447,56 @@ struct Variant {
       if (at_once == 0) break;
       const int rounds = (count + at_once - 1) / at_once;
       if (split == 1) {
-        consider({1, many_tiles ? rounds : 0, rounds * alone});
+        consider(1, many_tiles ? rounds : 0, rounds * alone);
         continue;
       }
       // Whole tiles while there is one for every block, and what is left shared; or every tile shared, as many as run at once in a round.
-      const float shared = Parts::kGroupTime * ((p.groups + split - 1) / split + Parts::kSharedTime);
+      const float shared = kGroupTime * ((p.groups + split - 1) / split + kSharedGroups);
       const int whole = count / (at_once * split), left = count % (at_once * split);
-      if (many_tiles && whole > 0 && left <= at_once) consider({split, whole, whole * alone + (left > 0 ? shared : 0.0f)});
-      if (rounds == 1 || Parts::kManyTiles) consider({split, 0, rounds * shared});  // small clusters' second round finds few places
+      if (many_tiles && whole > 0 && left <= at_once) consider(split, whole, whole * alone + (left > 0 ? shared : 0.0f));
+      if (rounds == 1 || Parts::kManyTiles) consider(split, 0, rounds * shared);  // small clusters' second round finds few places
     }
     return best;
   }
 
-  static void run(const Linear& p, const Plan& plan, cudaStream_t stream) {
-    const int blocks = std::min(plan.whole > 0 ? clusters(plan.split) : tiles(p), tiles(p)) * plan.split;
-    launch("w6ax_wgmma", kKernel, dim3(blocks), Parts::kThreads, Parts::kSharedBytes, plan.split, stream, p, token_tiles(p), tiles(p),
-           plan.split, plan.whole);
+  static void run(const Linear& p, const Tiling& tiling, cudaStream_t stream) {
+    const int blocks = std::min(tiling.whole > 0 ? clusters(tiling.split) : tiles(p), tiles(p)) * tiling.split;
+    launch("w6ax_wgmma", kKernel, dim3(blocks), Parts::kThreads, Parts::kSharedBytes, tiling.split, stream, p, token_tiles(p), tiles(p),
+           tiling.split, tiling.whole);
   }
 };
 
-// The fastest of the variants.
-template <class First, class... Others>
-void run_fastest(const Linear& p, cudaStream_t stream) {
-  Plan best = First::plan(p);
-  auto run = First::run;
-  const auto consider = [&](Plan plan, decltype(run) other) {
-    if (plan.time > 0.0f && (best.time == 0.0f || plan.time < best.time)) best = plan, run = other;
+template <class... Variants>
+Plan fastest_of(const Linear& p) {
+  Plan best{};
+  const auto consider = [&](const Plan& plan) {
+    if (plan.time > 0.0f && (best.time == 0.0f || plan.time < best.time)) best = plan;
   };
-  (consider(Others::plan(p), Others::run), ...);
+  (consider(Variants::plan(p)), ...);
   if (best.time == 0.0f) throw std::runtime_error("w6ax_wgmma: this card has too little shared memory");
-  run(p, best, stream);
+  return best;
+}
+
+Plan fastest(const Linear& p, int token_tiles) {
+  if (device_attribute("w6ax_wgmma", cudaDevAttrComputeCapabilityMajor) != 9)
+    throw std::invalid_argument("w6ax_wgmma needs a card of compute capability 9; this one has imma and bmma");
+  switch (token_tiles) {  // with few tokens small blocks, two at once, or a large one, which takes many tiles
+    case 2: return fastest_of<Variant<128, 16, 16, 5, 570>, Variant<128, 16, 16, 14, 360>>(p);
+    case 4: return fastest_of<Variant<128, 32, 32, 5, 590>, Variant<128, 32, 32, 12, 380>>(p);
+    case 8: return fastest_of<Variant<128, 64, 64, 5, 690>, Variant<128, 64, 64, 10, 440>, Variant<192, 64, 64, 7, 610>>(p);
+    case 16:  // larger tiles read less, smaller ones are sooner done where there are few
+      return fastest_of<Variant<128, 128, 128, 7, 660>, Variant<128, 256, 64, 4, 1090>, Variant<192, 128, 64, 6, 890>>(p);
+    default: throw std::invalid_argument("token_tiles is " + std::to_string(token_tiles) + "; accepted: 2, 4, 8, 16");
+  }
 }
 
 }  // namespace
 
+Tiling w6ax_wgmma_tiling(const Linear& p, int token_tiles) { return fastest(p, token_tiles).tiling; }
+
 void w6ax_wgmma(const Linear& p, int token_tiles, cudaStream_t stream) {
-  if (device_attribute("w6ax_wgmma", cudaDevAttrComputeCapabilityMajor) != 9)
-    throw std::invalid_argument("w6ax_wgmma needs a card of compute capability 9; this one has imma and bmma");
-  switch (token_tiles) {  // with few tokens small blocks, two at once, or a large one, which takes many tiles
-    case 2: return run_fastest<Variant<16, 16, 5>, Variant<16, 16, 14>>(p, stream);
-    case 4: return run_fastest<Variant<32, 32, 5>, Variant<32, 32, 12>>(p, stream);
-    case 8: return run_fastest<Variant<64, 64, 5>, Variant<64, 64, 10>>(p, stream);
-    case 16:  // the larger tile reads less, the smaller is sooner done where tiles are few
-      return run_fastest<Variant<128, 128, 7>, Variant<256, 64, 4>>(p, stream);
-    default: throw std::invalid_argument("token_tiles is " + std::to_string(token_tiles) + "; accepted: 2, 4, 8, 16");
-  }
+  const Plan plan = fastest(p, token_tiles);
+  plan.run(p, plan.tiling, stream);
 }
 
 }  // namespace flexq

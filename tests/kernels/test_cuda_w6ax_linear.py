@@ -450,57 +450,112 @@ FORMS = {  # tokens, features, outputs
         "64 tokens, several tiles a block": (64, 2100, 9000),
         "64 tokens, several tiles a block, four of the same weights": (200, 2100, 4300),
     },
-    "wgmma": {  # on a card of 132 multiprocessors, of which as many clusters run at once as on an H200
-        **{
-            f"{tokens} tokens, {form}": (tokens, *shape)
-            for tokens in (16, 30, 60)
-            for form, shape in {
-                "two blocks a multiprocessor": (640, 18300),
-                "two blocks a multiprocessor, more groups than stages": (2100, 28000),
-                "two blocks a multiprocessor, split in 2": (5100, 10900),
-                "two blocks a multiprocessor, split in 3": (3300, 9100),
-                "two blocks a multiprocessor, split in 4": (4100, 5500),
-                "two blocks a multiprocessor, split in 5": (5100, 5500),
-                "two blocks a multiprocessor, split in 6": (6600, 4600),
-                "a tile a block, not a group for every stage": (300, 1000),
-                "a tile a block, split in 2 of 8 and 9 groups": (2100, 1000),
-                "a tile a block, split in 3": (3300, 1000),
-                "a tile a block, split in 4": (4100, 1000),
-                "a tile a block, split in 5": (5100, 1000),
-                "a tile a block, split in 6 of 26 and 27 groups": (20000, 1000),
-                "a tile a block, then shared ones by 4": (4100, 17200),
-                "a tile a block, then shared ones by 3": (3300, 17200),
-                "a tile a block, then shared ones by 2": (12000, 20800),
-            }.items()
-        },
-        "60 tokens, two tiles a block": (60, 300, 17200),
-        "128 tokens, split in 2": (128, 2100, 1000),
-        "128 tokens, split in 6": (128, 6600, 1000),
-        "128 tokens, a tile a block, then shared ones by 4": (128, 6600, 17900),
-        "100 tokens, a tile a block, then shared ones by 3, of an odd number of groups": (100, 6700, 19900),
-        "100 tokens, more groups than stages": (100, 2400, 9000),
-        "300 tokens, 128 at a time": (300, 640, 1000),
-        "700 tokens, 128 at a time, two tiles a block, then shared ones by 2": (700, 2100, 6400),
-        "300 tokens, 128 at a time, more groups than stages": (300, 2400, 3200),
-        "300 tokens, 128 at a time, split in 3": (300, 3300, 1000),
-        "300 tokens, 128 at a time, split in 4": (300, 4096, 1000),
-        "250 tokens, 128 at a time, split in 5": (250, 5100, 1000),
-        "256 tokens, split in 6": (1024, 12000, 500),
-        "256 tokens, split in 5": (250, 5100, 2800),
-        "256 tokens, split in 4": (250, 28672, 3300),
-        "256 tokens, split in 3": (250, 8100, 4800),
-        "256 tokens, split in 2": (250, 8100, 8100),
-        "256 tokens, a tile a block, then shared ones by 2": (250, 8192, 24500),
-        "256 tokens, a tile a block, then shared ones by 3": (700, 3300, 6400),
-        "256 tokens, a tile a block, then shared ones by 4": (700, 4100, 6400),
-        "256 tokens, two tiles a block, then shared ones by 2": (500, 6600, 17900),
-        # A block of nine tiles of an odd number of groups begins one at each of four stages in either parity.
-        "256 tokens, nine tiles a block of one group": (2100, 128, 17000),
-        "256 tokens, nine tiles a block, not a group for every stage": (2100, 300, 17000),
-        "256 tokens, nine tiles a block, a group more than stages": (2100, 640, 17000),
-        "256 tokens, three tiles a block of many groups": (750, 7000, 16500),
-    },
 }
+
+
+TILINGS = [  # tokens, features, outputs → rows and tokens of a tile, blocks that share one, whole ones before
+    (16, 300, 500, (128, 16, 1, 1)),
+    (16, 300, 17300, (128, 16, 1, 2)),
+    (16, 2100, 500, (128, 16, 2, 0)),
+    (16, 8192, 20100, (128, 16, 2, 1)),
+    (16, 3300, 500, (128, 16, 3, 0)),
+    (16, 3300, 17300, (128, 16, 3, 1)),
+    (16, 4100, 500, (128, 16, 4, 0)),
+    (16, 4100, 17300, (128, 16, 4, 1)),
+    (16, 5100, 500, (128, 16, 5, 0)),
+    (16, 6600, 500, (128, 16, 6, 0)),
+    (16, 2100, 17300, (128, 16, 1, 0)),
+    (16, 6600, 10300, (128, 16, 2, 0)),
+    (16, 3300, 8900, (128, 16, 3, 0)),
+    (16, 5100, 6500, (128, 16, 4, 0)),
+    (16, 5100, 5000, (128, 16, 5, 0)),
+    (16, 6600, 4000, (128, 16, 6, 0)),
+    (30, 300, 500, (128, 32, 1, 1)),
+    (30, 2100, 500, (128, 32, 2, 0)),
+    (30, 28672, 20100, (128, 32, 2, 1)),
+    (30, 3300, 500, (128, 32, 3, 0)),
+    (30, 4100, 19400, (128, 32, 3, 1)),
+    (30, 4100, 500, (128, 32, 4, 0)),
+    (30, 4100, 17300, (128, 32, 4, 1)),
+    (30, 5100, 500, (128, 32, 5, 0)),
+    (30, 6600, 500, (128, 32, 6, 0)),
+    (30, 640, 17300, (128, 32, 1, 0)),
+    (30, 5100, 10300, (128, 32, 2, 0)),
+    (30, 3300, 8900, (128, 32, 3, 0)),
+    (30, 5100, 6500, (128, 32, 4, 0)),
+    (30, 5100, 5000, (128, 32, 5, 0)),
+    (30, 6600, 4000, (128, 32, 6, 0)),
+    (60, 300, 500, (128, 64, 1, 1)),
+    (60, 300, 25700, (128, 64, 1, 2)),
+    (60, 2100, 500, (128, 64, 2, 0)),
+    (60, 3300, 500, (128, 64, 3, 0)),
+    (60, 28672, 19400, (128, 64, 3, 1)),
+    (60, 4100, 500, (128, 64, 4, 0)),
+    (60, 16500, 17300, (128, 64, 4, 1)),
+    (60, 5100, 500, (128, 64, 5, 0)),
+    (60, 6600, 500, (128, 64, 6, 0)),
+    (60, 2100, 25700, (128, 64, 1, 0)),
+    (60, 6600, 13100, (128, 64, 2, 0)),
+    (60, 3300, 8900, (128, 64, 3, 0)),
+    (60, 5100, 6500, (128, 64, 4, 0)),
+    (60, 5100, 5000, (128, 64, 5, 0)),
+    (60, 6600, 4000, (128, 64, 6, 0)),
+    (100, 300, 500, (128, 128, 1, 1)),
+    (300, 300, 8900, (128, 128, 1, 2)),
+    (100, 2100, 500, (128, 128, 2, 0)),
+    (300, 16500, 13100, (128, 128, 2, 2)),
+    (100, 3300, 500, (128, 128, 3, 0)),
+    (100, 4100, 500, (128, 128, 4, 0)),
+    (300, 16500, 6000, (128, 128, 4, 1)),
+    (100, 5100, 500, (128, 128, 5, 0)),
+    (100, 6600, 500, (128, 128, 6, 0)),
+    (700, 300, 4500, (128, 256, 1, 1)),
+    (700, 300, 8900, (128, 256, 1, 2)),
+    (2048, 12000, 1000, (128, 256, 2, 0)),
+    (2048, 16500, 3000, (128, 256, 2, 1)),
+    (2048, 2100, 5000, (128, 256, 2, 2)),
+    (700, 3300, 1500, (128, 256, 3, 0)),
+    (700, 3300, 6500, (128, 256, 3, 1)),
+    (500, 16500, 17300, (128, 256, 3, 2)),
+    (700, 12000, 1000, (128, 256, 4, 0)),
+    (250, 12000, 2500, (128, 256, 5, 0)),
+    (1024, 16500, 500, (128, 256, 6, 0)),
+    (60, 300, 17300, (192, 64, 1, 1)),
+    (60, 5100, 10300, (192, 64, 2, 0)),
+    (60, 4100, 5000, (192, 64, 4, 0)),
+    (300, 300, 6000, (192, 128, 1, 1)),
+    (300, 300, 11700, (192, 128, 1, 2)),
+    (1024, 4100, 1500, (192, 128, 2, 0)),
+    (1024, 2100, 4500, (192, 128, 2, 1)),
+    (300, 2600, 20100, (192, 128, 2, 2)),
+    (300, 16500, 2000, (192, 128, 3, 0)),
+    (100, 16500, 29200, (192, 128, 3, 1)),
+    (300, 3300, 17300, (192, 128, 3, 2)),
+    (250, 4100, 2500, (192, 128, 4, 0)),
+    (300, 6600, 8900, (192, 128, 4, 1)),
+    (250, 16500, 25700, (192, 128, 4, 2)),
+    (100, 12000, 4000, (192, 128, 5, 0)),
+    (250, 28672, 1500, (192, 128, 6, 0)),
+    (16, 2100, 28000, (128, 16, 1, 0)),
+    (60, 640, 18300, (192, 64, 1, 1)),
+    (100, 2400, 9000, (128, 128, 1, 1)),
+    (300, 2400, 3200, (128, 128, 1, 1)),
+    (2100, 128, 16500, (128, 256, 1, 9)),
+    (2100, 128, 17000, (192, 128, 1, 12)),
+    (2100, 300, 16500, (128, 256, 1, 9)),
+    (2100, 300, 17000, (192, 128, 1, 12)),
+    (2100, 640, 16500, (128, 256, 1, 9)),
+    (2100, 640, 17000, (192, 128, 1, 12)),
+    (750, 7000, 16500, (128, 256, 1, 3)),
+]
+"""What wgmma does on an H200: with each size of block every split, with whole tiles before it and without, and more and fewer
+groups than stages, in odd numbers and even ones. Nine tiles begin at each of four stages in either parity, twelve at each of
+six."""
+
+
+def tiling_id(tokens, features, outputs, tiling):
+    rows, tile_tokens, split, whole = tiling
+    return f"wgmma, {tokens} x {features} x {outputs}: {rows} x {tile_tokens}, {whole} whole, shared by {split}"
 
 
 @gpu
@@ -511,7 +566,8 @@ FORMS = {  # tokens, features, outputs
         pytest.param(backend, *shape, id=f"{backend}, {form}")
         for backend, forms in FORMS.items()
         for form, shape in forms.items()
-    ],
+    ]
+    + [pytest.param("wgmma", *tiling[:3], id=tiling_id(*tiling)) for tiling in TILINGS],
 )
 def test_every_form_gives_integers_for_integers(backend, tokens, features, outputs, outputs_over):
     """Bit for bit, in all rows and columns, in outputs and with a bias of each type; most last tiles are not whole."""
@@ -519,6 +575,20 @@ def test_every_form_gives_integers_for_integers(backend, tokens, features, outpu
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         right = (sums + bias.to(dtype).float()).to(dtype)
         assert torch.equal(linear_on_gpu(*operands, bias.to(dtype), 8, backend, dtype), right), dtype
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("tokens", "features", "outputs", "tiling"), [pytest.param(*each, id=tiling_id(*each)) for each in TILINGS]
+)
+def test_the_forms_of_wgmma_are_what_runs(tokens, features, outputs, tiling):
+    """With outputs of two bytes; with four a block has one tile. Other cards have other multiprocessors for clusters."""
+    if "H200" not in torch.cuda.get_device_name():
+        pytest.skip("the tilings are an H200's")
+    kernels, half = build.cuda_kernels(torch.device("cuda", 0)), 1
+    for over in (0, 3):
+        case = (tokens, outputs + over, -(-features // 128), half, cuda.token_tiles(tokens, "wgmma"))
+        assert kernels.wgmma_tiling(*case) == tiling
 
 
 @gpu
