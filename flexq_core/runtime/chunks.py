@@ -16,6 +16,7 @@ from flexq_core.quant.spec import GROUP_SIZE
 from flexq_core.runtime.cuda import CHUNK_ROWS, weight_bits_of
 
 _CHUNK_CODES = CHUNK_ROWS * GROUP_SIZE
+_SCALE_BYTES = 2 * CHUNK_ROWS  # between the halves
 _PART_CODES = 1 << 26  # read at once: their places and fields pass through memory
 
 
@@ -26,7 +27,7 @@ def unpack_chunks(chunks: Tensor, outputs: int, *, planes: bool = False) -> tupl
     Returns weight [outputs, G * 16 * bits] uint8 and weight_scale [outputs, G] float16, as `cuda.repack` was given them.
     """
     rows, groups = chunks.shape[0] * CHUNK_ROWS, chunks.shape[1]
-    bits, code_bytes = weight_bits_of(chunks), chunks.shape[2] - 2 * CHUNK_ROWS
+    bits = weight_bits_of(chunks)
     weight = chunks.new_empty(rows, packed_bytes(groups * GROUP_SIZE, bits))
     step = max(1, _PART_CODES // max(1, groups * _CHUNK_CODES))
     for first in range(0, chunks.shape[0], step):
@@ -35,10 +36,17 @@ def unpack_chunks(chunks: Tensor, outputs: int, *, planes: bool = False) -> tupl
         codes = (fields << 8 - bits).view(torch.int8) >> 8 - bits  # the sign comes along
         codes = codes.view(-1, groups, CHUNK_ROWS, GROUP_SIZE).transpose(1, 2).reshape(-1, groups * GROUP_SIZE)
         weight[first * CHUNK_ROWS : first * CHUNK_ROWS + len(codes)] = pack_codes(codes, bits)
-    stored = chunks[..., code_bytes:].contiguous().view(torch.float16)  # place 4 (row % 8) + row / 8
+    scales_at = _half_bytes(bits)
+    scales = chunks[..., scales_at : scales_at + _SCALE_BYTES].contiguous()
+    stored = scales.view(torch.float16)  # place 4 (row % 8) + row / 8
     scale = stored.unflatten(-1, (8, 4)).transpose(-1, -2).reshape(-1, groups, CHUNK_ROWS)
     scale = scale.transpose(1, 2).reshape(rows, groups)
     return weight[:outputs].clone() if outputs < rows else weight, scale[:outputs].contiguous()
+
+
+def _half_bytes(bits: int) -> int:
+    """Of the codes of half a chunk."""
+    return _CHUNK_CODES // 2 * bits // 8
 
 
 def _byte_fields(chunks: Tensor) -> Tensor:
@@ -69,7 +77,7 @@ def _byte_of(row: Tensor, q: Tensor, word: Tensor, byte: Tensor, bits: int) -> T
     """
     lane, vector = 4 * (row % 8) + q, word // 4
     vector_bytes = torch.where(vector < bits // 2, 16, 8)
-    return row // 16 * (256 * bits) + vector * 512 + lane * vector_bytes + word % 4 * 4 + byte
+    return row // 16 * (_half_bytes(bits) + _SCALE_BYTES) + vector * 512 + lane * vector_bytes + word % 4 * 4 + byte
 
 
 @cache

@@ -55,31 +55,39 @@ struct Resident {
 
 // Of a block's tiles, with activations from where `feed` has them: feed(record of the stage, group, t, lane), of 8 tokens t.
 template <int kTokenTiles, int kWarps, class TheRing, class TheSum, class Feed>
-__device__ __forceinline__ void multiply(const Linear& p, const Tiles& tiles, TheRing& ring, TheSum& sum, const Feed& feed) {
-  const int lane = ring.lane, g = lane / 4;
-  int group = ring.warp, turn = 0;
-  for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x, ++turn) {
-    float sums[2][kTokenTiles][4] = {};
+struct Multiply {
+  const Linear& p;
+  TheRing& ring;
+  TheSum& sum;
+  const Feed& feed;
+  int group, turn = 0;
+
+  // Of a tile both halves, from the `first`, 0, or that one alone: 16 outputs each.
+  template <int kHalves>
+  __device__ __forceinline__ void tile(int tile, int first) {
+    const int lane = ring.lane, g = lane / 4;
+    float sums[kHalves][kTokenTiles][4] = {};
     for (; group < p.groups; group += kWarps) {
-      const uint8_t* chunk = ring.wait();
-      uint32_t a[2][4][4];
-      __half2 sw[2];  // of rows g and g + 8
+      const uint8_t* stage = ring.wait();
+      const uint8_t* chunk = stage - first * kHalfBytes;  // where it would begin if the second half alone were not
+      uint32_t a[kHalves][4][4];
+      __half2 sw[kHalves];  // of rows g and g + 8
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < kHalves; ++half) {
         uint32_t words[12];
-        load_half(chunk, half, lane, words);
+        load_half(chunk, first + half, lane, words);
 #pragma unroll
         for (int s = 0; s < 4; ++s) expand(words, s, a[half][s]);
-        sw[half] = *reinterpret_cast<const __half2*>(chunk + kCodeBytes + g * 8 + half * 4);
+        sw[half] = *reinterpret_cast<const __half2*>(chunk + kHalfBytes + g * 8 + (first + half) * 4);
       }
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
-        const auto [b0, b1, s] = feed(chunk + kChunkBytes, group, t, lane);
-        int32_t inner[2][4];
+        const auto [b0, b1, s] = feed(stage + kChunkBytes, group, t, lane);
+        int32_t inner[kHalves][4];
 #pragma unroll
         for (int step = 0; step < 4; ++step)  // halves are independent: none waits for the one before
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
+          for (int half = 0; half < kHalves; ++half) {
             const uint4 four = step < 2 ? b0 : b1;
             const uint32_t(&w)[4] = a[half][step];
             const uint32_t b0_of_step = step % 2 ? four.z : four.x, b1_of_step = step % 2 ? four.w : four.y;
@@ -89,7 +97,7 @@ __device__ __forceinline__ void multiply(const Linear& p, const Tiles& tiles, Th
               mma_s8(inner[half], w, b0_of_step, b1_of_step);
           }
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < kHalves; ++half) {
           const float2 w = __half22float2(sw[half]);
           const float2 start = make_float2(-kMagic * w.x, -kMagic * w.y);
 #pragma unroll
@@ -100,9 +108,20 @@ __device__ __forceinline__ void multiply(const Linear& p, const Tiles& tiles, Th
       }
       ring.release();
     }
-    sum.store(p, sums, group % kWarps, tile / tiles.tokens, tile % tiles.tokens, kExpandedUnit, turn);
+    const int token_tiles = ring.shares.token_tiles, first_output = tile / token_tiles * kChunkRows + first * 16;
+    sum.store(p, sums, group % kWarps, first_output, tile % token_tiles, kExpandedUnit, turn);
     group -= p.groups;
+    ++turn;
   }
+};
+
+template <int kTokenTiles, int kWarps, class TheRing, class TheSum, class Feed>
+__device__ __forceinline__ void multiply(const Linear& p, TheRing& ring, TheSum& sum, const Feed& feed) {
+  Multiply<kTokenTiles, kWarps, TheRing, TheSum, Feed> block{p, ring, sum, feed, ring.warp};
+  const Shares& shares = ring.shares;
+  int share = blockIdx.x;
+  for (; share < shares.whole; share += gridDim.x) block.template tile<2>(share, 0);
+  if (share < shares.count) block.template tile<1>(shares.tile(share), shares.half(share));
 }
 
 }  // namespace flexq

@@ -3,11 +3,12 @@
 // Weights: chunks of 32 outputs x 1 group (128 codes), [output / 32][group], padded with zero rows. A chunk is what one warp, or
 // two of wgmma, consumes in a step, contiguous, in the order of its registers: no shuffle, no bank conflict, one bulk copy.
 //
-//   byte 0            512          1024          1536          2048          2560         3072     3136
-//        | half 0: three vectors of 16 bytes a lane | half 1: outputs 16 to 31 ...        | scales  |
+//   byte 0            512          1024          1536     1600          2112          2624         3136
+//        | half 0: three vectors of 16 bytes a lane | scales | half 1: outputs 16 to 31 ...        |
 //
-//   In a half, vector v of lane l lies at (3 half + v) * 512 + 16 l: twelve words a lane, 64 codes of rows g and g + 8.
-//   Scales are float16: outputs g, g + 8, g + 16, g + 24 side by side, so that a lane reads its four at once.
+//   In a half, vector v of lane l lies at 512 v + 16 l: twelve words a lane, 64 codes of rows g and g + 8.
+//   Scales are float16: outputs g, g + 8, g + 16, g + 24 side by side, so that a lane reads its four at once. They lie between the halves,
+//   so that either half with them is contiguous, too.
 //
 // Activations: records of T tiles of 8 tokens x 1 group, [token / 8T][group], padded with zero tokens:
 //   T tiles of codes, then T * 8 float32 scales (scale_at).
@@ -32,6 +33,8 @@ constexpr int kWeightBits = 6;
 __host__ __device__ constexpr int code_bytes(int weight_bits) { return kChunkRows * kGroup * weight_bits / 8; }
 __host__ __device__ constexpr int chunk_bytes(int weight_bits) { return code_bytes(weight_bits) + kChunkRows * 2; }
 constexpr int kCodeBytes = code_bytes(kWeightBits), kChunkBytes = chunk_bytes(kWeightBits);
+constexpr int kHalfBytes = kCodeBytes / 2, kScaleBytes = kChunkBytes - kCodeBytes;  // of a half's codes, and of a chunk's scales
+constexpr int kHalfStride = kHalfBytes + kScaleBytes;  // from half 0 to half 1; as many bytes has either half with the scales
 constexpr int kTokenTile = 8;
 
 // Kinds of number that x, y and bias may have; the values are part of the binding.
@@ -70,7 +73,7 @@ __host__ __device__ constexpr int scale_at(Order order, int tile, int m) {
 __device__ __forceinline__ void load_half(const uint8_t* chunk, int half, int lane, uint32_t (&words)[12]) {
 #pragma unroll
   for (int v = 0; v < 3; ++v)
-    *reinterpret_cast<uint4*>(words + 4 * v) = *reinterpret_cast<const uint4*>(chunk + (3 * half + v) * 512 + lane * 16);
+    *reinterpret_cast<uint4*>(words + 4 * v) = *reinterpret_cast<const uint4*>(chunk + half * kHalfStride + v * 512 + lane * 16);
 }
 
 struct Linear {

@@ -45,7 +45,8 @@ __global__ void repack_kernel(const uint8_t* weight, const __half* scale, uint8_
       }
   }
   uint8_t* out = chunks + chunk * chunk_bytes(bits);
-  uint8_t* codes = out + half * (code_bytes(bits) / 2);
+  const int half_bytes = code_bytes(bits) / 2;
+  uint8_t* codes = out + half * (chunk_bytes(bits) - half_bytes);
 #pragma unroll
   for (int v = 0; v < 4; ++v) {
     if (v < bits / 2)
@@ -55,7 +56,7 @@ __global__ void repack_kernel(const uint8_t* weight, const __half* scale, uint8_
   }
   if (half == 0) {  // lane = 4 g + h is scale h of the four that lanes of row g read
     const int64_t n = first + g + 8 * q;
-    reinterpret_cast<__half*>(out + code_bytes(bits))[lane] = n < outputs ? scale[n * groups + group] : __float2half(0.0f);
+    reinterpret_cast<__half*>(out + half_bytes)[lane] = n < outputs ? scale[n * groups + group] : __float2half(0.0f);
   }
 }
 

@@ -7,21 +7,40 @@
 //   group  | 0 1 2 3 4 5 | 0 1 2 3 4 5
 //   warp   | 0 1 2 3 0 1 | 2 3 0 1 2 3
 //
-// A stage holds what a warp consumes in a step: the chunk of one group and the record of activations of that group. The ring runs on from
-// tile to tile, too, so that memory is never idle while sums are added. On Hopper lane 0 asks for bulk copies that an mbarrier counts; on
-// cards before, all lanes copy 16 bytes at a time.
+// A stage holds what a warp consumes in a step: the chunk of one group, or a half of one with the scales, and from kChunkBytes on the record
+// of activations of that group. The ring runs on from tile to tile, too, so that memory is never idle while sums are added. On Hopper one
+// lane asks for bulk copies that an mbarrier counts; on cards before, all lanes copy 16 bytes at a time.
 #pragma once
 #include "layout.cuh"
 #include "ptx.cuh"
 
 namespace flexq {
 
-// The tiles of a call. Tiles of the same outputs follow one another, so that their weights are still in the L2 cache.
-struct Tiles {
-  int outputs, tokens;  // in tiles
-  __host__ __device__ Tiles(const Linear& p, int tokens_of_tile)
-      : outputs((p.outputs + kChunkRows - 1) / kChunkRows), tokens((p.tokens + tokens_of_tile - 1) / tokens_of_tile) {}
-  __host__ __device__ int count() const { return outputs * tokens; }
+// How many tiles of 32 outputs x so many tokens a call has.
+inline int tile_count(const Linear& p, int tokens_of_tile) {
+  return (p.outputs + kChunkRows - 1) / kChunkRows * ((p.tokens + tokens_of_tile - 1) / tokens_of_tile);
+}
+
+// How blocks share the tiles of a call: each takes one a turn. Tiles of the same outputs follow one another, so that their weights are
+// still in the L2 cache. What is left for the last turn goes by halves, 16 outputs each, if no block has more than one. 4 blocks, 6 tiles:
+//
+//   block  | 0  | 1  | 2  | 3
+//   turn 0 | 0  | 1  | 2  | 3
+//   turn 1 | 4a | 4b | 5a | 5b
+//
+// A share is a number: that of a tile, or past `whole` one for each half.
+struct Shares {
+  int token_tiles, whole, count, blocks;
+
+  Shares(const Linear& p, int tokens_of_tile, int most_blocks) : token_tiles((p.tokens + tokens_of_tile - 1) / tokens_of_tile) {
+    const int tiles = tile_count(p, tokens_of_tile), left = tiles % most_blocks;
+    whole = 2 * left <= most_blocks ? tiles - left : tiles;
+    count = 2 * tiles - whole;
+    blocks = count < most_blocks ? count : most_blocks;
+  }
+
+  __device__ __forceinline__ int tile(int share) const { return share < whole ? share : (whole + share) / 2; }
+  __device__ __forceinline__ int half(int share) const { return (share - whole) % 2; }  // of one past `whole`
 };
 
 template <int kWarps, int kStages, int kRecordBytes>
@@ -30,20 +49,21 @@ struct Ring {
   static constexpr int kSharedBytes = kWarps * kStages * (kStageBytes + 8);
 
   const Linear& p;
-  Tiles tiles;
+  const Shares& shares;
   uint8_t* stages;
   uint64_t* full;
   int lane, warp;
   int stage = 0, parity = 0;
-  int next_tile, next_group;  // that will be fetched next, and where it lies
+  int next_share, next_group;  // that will be fetched next, and where it lies
   const uint8_t *next_weights, *next_record;
+  int next_bytes;  // a chunk's, or a half's with the scales
 
-  __device__ __forceinline__ Ring(const Linear& linear, Tiles all, uint8_t* shared) : p(linear), tiles(all) {
+  __device__ __forceinline__ Ring(const Linear& linear, const Shares& all, uint8_t* shared) : p(linear), shares(all) {
     warp = threadIdx.x / 32;
     lane = threadIdx.x % 32;
     stages = shared + warp * kStages * kStageBytes;
     full = reinterpret_cast<uint64_t*>(shared + kWarps * kStages * kStageBytes) + warp * kStages;
-    next_tile = blockIdx.x;
+    next_share = blockIdx.x;
     next_group = warp;
     seek();
   }
@@ -51,18 +71,19 @@ struct Ring {
   // Fills the ring: weights at once, activations when the kernel that writes them has finished.
   __device__ __forceinline__ void start() {
 #if __CUDA_ARCH__ >= 900
-    const int tile = next_tile, group = next_group;
-    if (lane == 0) {
+    const int share = next_share, group = next_group;
+    const bool elected = elect_lane();
+    if (elected) {
       for (int s = 0; s < kStages; ++s) barrier_init(full + s, 1);
       barriers_are_ready();
-      for (int s = 0; s < kStages && next_tile < tiles.count(); ++s, advance()) copy_weights(s);
+      for (int s = 0; s < kStages && next_share < shares.count; ++s, advance()) copy_weights(s);
     }
     __syncwarp();
     wait_for_previous_kernel();
-    if (kRecordBytes > 0 && lane == 0) {
-      next_tile = tile, next_group = group;
+    if (kRecordBytes > 0 && elected) {
+      next_share = share, next_group = group;
       seek();
-      for (int s = 0; s < kStages && next_tile < tiles.count(); ++s, advance()) copy_record(s);
+      for (int s = 0; s < kStages && next_share < shares.count; ++s, advance()) copy_record(s);
     }
 #else
     for (int s = 0; s < kStages; ++s) fetch(s);
@@ -88,7 +109,7 @@ struct Ring {
   }
 
  private:
-  // Within a tile by addition alone: lane 0 does this for every stage, and the others wait for it.
+  // Within a tile by addition alone: one lane does this for every stage, and the others wait for it.
   __device__ __forceinline__ void advance() {
     next_group += kWarps;
     next_weights += kWarps * kChunkBytes;
@@ -97,22 +118,26 @@ struct Ring {
   }
 
   __device__ __forceinline__ void seek() {
-    while (next_group >= p.groups) next_group -= p.groups, next_tile += gridDim.x;  // fewer groups than warps: past several tiles
-    next_weights = p.weight + (int64_t(next_tile / tiles.tokens) * p.groups + next_group) * kChunkBytes;
-    next_record = p.activations + (int64_t(next_tile % tiles.tokens) * p.groups + next_group) * kRecordBytes;
+    while (next_group >= p.groups) next_group -= p.groups, next_share += gridDim.x;  // fewer groups than warps: past several tiles
+    int output_tile = shares.tile(next_share), token_tile = 0;
+    if (shares.token_tiles > 1) token_tile = output_tile % shares.token_tiles, output_tile /= shares.token_tiles;
+    next_weights = p.weight + (int64_t(output_tile) * p.groups + next_group) * kChunkBytes;
+    next_record = p.activations + (int64_t(token_tile) * p.groups + next_group) * kRecordBytes;
+    next_bytes = kChunkBytes;
+    if (next_share >= shares.whole) next_weights += shares.half(next_share) * kHalfBytes, next_bytes = kHalfStride;
   }
 
   __device__ __forceinline__ void fetch(int s) {
 #if __CUDA_ARCH__ >= 900
-    if (lane == 0 && next_tile < tiles.count()) {
+    if (elect_lane() && next_share < shares.count) {
       copy_weights(s);
       copy_record(s);
       advance();
     }
 #else
-    if (next_tile < tiles.count()) {
+    if (next_share < shares.count) {
       uint8_t* to = stages + s * kStageBytes;
-      warp_copy(to, next_weights, kChunkBytes, lane);
+      warp_copy(to, next_weights, next_bytes, lane);
       warp_copy(to + kChunkBytes, next_record, kRecordBytes, lane);
       advance();
     }
@@ -122,10 +147,11 @@ struct Ring {
 
 #if __CUDA_ARCH__ >= 900
   __device__ __forceinline__ void copy_weights(int s) {
-    barrier_expect(full + s, kStageBytes);
+    uint8_t* const to = stages + s * kStageBytes;
     // Weights that several tiles of tokens share should stay in the L2 cache; the others are read once.
-    const uint64_t policy = tiles.tokens == 1 ? evict_first() : evict_last();
-    bulk_copy(stages + s * kStageBytes, next_weights, kChunkBytes, full + s, policy);
+    const uint64_t policy = shares.token_tiles == 1 ? evict_first() : evict_last();
+    barrier_expect(full + s, kRecordBytes + next_bytes);
+    bulk_copy(to, next_weights, next_bytes, full + s, policy);
   }
 
   __device__ __forceinline__ void copy_record(int s) {
@@ -135,7 +161,7 @@ struct Ring {
 };
 
 // Adds what a block's warps have summed of a tile and stores y: all threads together, sixteen outputs at a time, through `shared`.
-//   sums[half][t][i]: row 16 half + g + 8 (i / 2), token 8 t + 2 q + i % 2, in units of `unit`
+//   sums[half][t][i]: output 16 half + g + 8 (i / 2) of a tile's or half's, token 8 t + 2 q + i % 2, in units of `unit`
 //   part: the first group of this warp's, or that it would have. Parts are added in this order, whichever warp had them: the sum's bits
 //     are the same wherever in a block's turn its tile comes.
 template <int kWarps, int kTokenTiles>
@@ -150,13 +176,16 @@ struct Reduction {
   __device__ __forceinline__ explicit Reduction(uint8_t* room) : shared(reinterpret_cast<float*>(room)) {}
   __device__ __forceinline__ void start() {}
 
-  __device__ __forceinline__ void store(const Linear& p, const float (&sums)[2][kTokenTiles][4], int part, int output_tile,
+  template <int kHalves>
+  __device__ __forceinline__ void store(const Linear& p, const float (&sums)[kHalves][kTokenTiles][4], int part, int first_output,
                                         int token_tile, float unit, int) {
     const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-    const int row = threadIdx.x % kRows, n = output_tile * kChunkRows + row;
-    const Finish finish[2] = {{p, n}, {p, n + kRows}};
+    const int row = threadIdx.x % kRows, n = first_output + row;
+    Finish finish[kHalves];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < kHalves; ++half) finish[half] = Finish(p, n + half * kRows);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t)
 #pragma unroll
@@ -199,12 +228,13 @@ struct Handover {
     barriers_are_ready();
   }
 
-  __device__ __forceinline__ void store(const Linear& p, const float (&sums)[2][kTokenTiles][4], int part, int output_tile,
+  template <int kHalves>
+  __device__ __forceinline__ void store(const Linear& p, const float (&sums)[kHalves][kTokenTiles][4], int part, int first_output,
                                         int token_tile, float unit, int turn) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     if (turn > 0) barrier_wait(added, (turn - 1) % 2);
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < kHalves; ++half)
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t)
 #pragma unroll
@@ -213,7 +243,7 @@ struct Handover {
             parts[(part * kTokens + m) * kStride + half * 16 + g + i / 2 * 8] = sums[half][t][i];
     barrier_arrive(left);
 
-    const int n = output_tile * kChunkRows + lane, first = token_tile * kTokens, tokens = min(kTokens, p.tokens - first);
+    const int n = first_output + lane, first = token_tile * kTokens, tokens = min(kTokens, p.tokens - first);
     const int mine = (warp + turn) % kWarps;  // another one each time
     if (mine < tokens) {
       const Finish finish(p, n);
@@ -222,7 +252,7 @@ struct Handover {
         float sum = 0.0f;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) sum += parts[(w * kTokens + m) * kStride + lane];
-        if (n < p.outputs) store_float(p.y, int64_t(first + m) * p.outputs + n, p.y_type, finish(sum * unit));
+        if (lane < kHalves * 16 && n < p.outputs) store_float(p.y, int64_t(first + m) * p.outputs + n, p.y_type, finish(sum * unit));
       }
     }
     barrier_arrive(added);

@@ -32,7 +32,7 @@ using Words = uint32_t[2 * kPlanes];
 
 // The words that a lane has of a half of a chunk.
 __device__ __forceinline__ void load_planes(const uint8_t* chunk, int half, int lane, Words& words) {
-  const uint8_t* codes = chunk + half * (kCodeBytes / 2);
+  const uint8_t* codes = chunk + half * kHalfStride;
 #pragma unroll
   for (int v = 0; v < kPlanes / 2; ++v) *reinterpret_cast<uint4*>(words + 4 * v) = *reinterpret_cast<const uint4*>(codes + v * 512 + lane * 16);
   if constexpr (kPlanes % 2)
@@ -60,24 +60,24 @@ __device__ __forceinline__ void multiply_one(const Words& words, uint32_t plane,
 
 // Two blocks a multiprocessor are as many as the shared memory holds; of one token more, and their registers are few.
 template <int kBits, int kTokenTiles, int kWarps, int kStages, bool kOne>
-__global__ void __launch_bounds__(kWarps * 32, kOne ? 0 : 2) w6ax_bmma_kernel(const __grid_constant__ Linear p) {
+__global__ void __launch_bounds__(kWarps * 32, kOne ? 0 : 2)
+    w6ax_bmma_kernel(const __grid_constant__ Linear p, const __grid_constant__ Shares shares) {
   using Parts = RingKernel<Order::planes, kBits, kTokenTiles, kWarps, kStages, Reduction>;
   constexpr int kTileBytes = activation_tile_bytes(Order::planes, kBits), kSign = kBits - 1;
   extern __shared__ __align__(128) uint8_t shared[];
   allow_next_kernel();
-  const Tiles tiles(p, kTokenTiles * kTokenTile);
-  typename Parts::TheRing ring(p, tiles, shared);
+  typename Parts::TheRing ring(p, shares, shared);
   ring.start();
   const int lane = ring.lane, g = lane / 4, q = lane % 4;
 
   // Once: there is a block a tile. From one tile to the next the ring would go on with other groups than this loop, see ring.cuh.
-  for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
+  for (int tile = blockIdx.x; tile < shares.whole; tile += gridDim.x) {
     float sums[2][kTokenTiles][4] = {};
     for (int group = ring.warp; group < p.groups; group += kWarps) {
       const uint8_t* chunk = ring.wait();
       const uint8_t* record = chunk + kChunkBytes;
       const float* sx = reinterpret_cast<const float*>(record + kTokenTiles * kTileBytes) + 2 * q;
-      const uint2 four_scales = *reinterpret_cast<const uint2*>(chunk + kCodeBytes + g * 8);
+      const uint2 four_scales = *reinterpret_cast<const uint2*>(chunk + kHalfBytes + g * 8);
       Words words[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) load_planes(chunk, half, lane, words[half]);
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kWarps * 32, kOne ? 0 : 2) w6ax_bmma_kernel(co
       ring.release();
     }
     typename Parts::TheSum sum(shared + Parts::TheRing::kSharedBytes);
-    sum.store(p, sums, ring.warp, tile / tiles.tokens, tile % tiles.tokens, 1.0f, 0);
+    sum.store(p, sums, ring.warp, tile / shares.token_tiles * kChunkRows, tile % shares.token_tiles, 1.0f, 0);
   }
 }
 
@@ -164,8 +164,8 @@ bool run(const Linear& p, cudaStream_t stream) {
   const auto kernel = w6ax_bmma_kernel<kBits, kTokenTiles, kWarps, kStages, kOne>;
   if (blocks_at_once("w6ax_bmma", kernel, kWarps * 32, Parts::kSharedBytes) == 0) return false;
   // A block a tile: here the arithmetic counts too, and as many blocks as fit would share the tiles unevenly.
-  const int tiles = Tiles(p, kTokenTiles * kTokenTile).count();
-  launch("w6ax_bmma", kernel, dim3(tiles), kWarps * 32, Parts::kSharedBytes, 1, stream, p);
+  const int tiles = tile_count(p, kTokenTiles * kTokenTile);
+  launch("w6ax_bmma", kernel, dim3(tiles), kWarps * 32, Parts::kSharedBytes, 1, stream, p, Shares(p, kTokenTiles * kTokenTile, tiles));
   return true;
 }
 

@@ -28,19 +28,19 @@ struct FromRecord {
 };
 
 template <int kTokenTiles, int kWarps, int kStages, int kBlocks>
-__global__ void __launch_bounds__(kWarps * 32, kBlocks) w6ax_imma_kernel(const __grid_constant__ Linear p) {
+__global__ void __launch_bounds__(kWarps * 32, kBlocks)
+    w6ax_imma_kernel(const __grid_constant__ Linear p, const __grid_constant__ Shares shares) {
   using Kernel = Parts<kTokenTiles, kWarps, kStages>;
   extern __shared__ __align__(128) uint8_t shared[];
   allow_next_kernel();
-  const Tiles tiles(p, kTokenTiles * kTokenTile);
-  typename Kernel::TheRing ring(p, tiles, shared);
+  typename Kernel::TheRing ring(p, shares, shared);
   typename Kernel::TheSum sum(shared + Kernel::TheRing::kSharedBytes);
   sum.start();
   // What the last step of every tile needs and would wait for. Only to the cache: the kernel before may have written it.
   if (const int row = (blockIdx.x + threadIdx.x * gridDim.x) * kChunkRows; row < p.outputs) prefetch(p.exponent + row);
   ring.start();
   __syncthreads();
-  multiply<kTokenTiles, kWarps>(p, tiles, ring, sum, FromRecord<kTokenTiles>());
+  multiply<kTokenTiles, kWarps>(p, ring, sum, FromRecord<kTokenTiles>());
 }
 
 // kBlocks: that share a multiprocessor. Returns whether the card has the shared memory for that.
@@ -50,8 +50,8 @@ bool run(const Linear& p, cudaStream_t stream) {
   const auto kernel = w6ax_imma_kernel<kTokenTiles, kWarps, kStages, kBlocks>;
   const int most = blocks_at_once("w6ax_imma", kernel, kWarps * 32, kSharedBytes);
   if (most < kBlocks * multiprocessor_count("w6ax_imma")) return false;
-  const int tiles = Tiles(p, kTokenTiles * kTokenTile).count();
-  launch("w6ax_imma", kernel, dim3(tiles < most ? tiles : most), kWarps * 32, kSharedBytes, 1, stream, p);
+  const Shares shares(p, kTokenTiles * kTokenTile, most);
+  launch("w6ax_imma", kernel, dim3(shares.blocks), kWarps * 32, kSharedBytes, 1, stream, p, shares);
   return true;
 }
 
@@ -66,12 +66,12 @@ struct ResidentSizes {
 };
 
 template <int kTokens, int kWarps, int kStages>
-__global__ void __launch_bounds__(kWarps * 32, 1) w6ax_imma_resident_kernel(const __grid_constant__ Linear p) {
+__global__ void __launch_bounds__(kWarps * 32, 1)
+    w6ax_imma_resident_kernel(const __grid_constant__ Linear p, const __grid_constant__ Shares shares) {
   using All = ResidentSizes<kTokens, kWarps, kStages>;
   extern __shared__ __align__(128) uint8_t shared[];
   allow_next_kernel();
-  const Tiles tiles(p, kTokenTile);
-  typename All::TheRing ring(p, tiles, shared);
+  typename All::TheRing ring(p, shares, shared);
   typename All::TheSum sum(shared + All::TheRing::kSharedBytes);
   const Resident<kTokens> tokens(shared + All::TheRing::kSharedBytes + All::TheSum::kSharedBytes, p.groups);
   sum.start();
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) w6ax_imma_resident_kernel(cons
   ring.start();
   tokens.fill(p.activations, p.groups);
   __syncthreads();
-  multiply<1, kWarps>(p, tiles, ring, sum, tokens);
+  multiply<1, kWarps>(p, ring, sum, tokens);
 }
 
 template <int kTokens, int kWarps, int kStages>
@@ -89,8 +89,8 @@ bool run_resident(const Linear& p, cudaStream_t stream) {
   const auto kernel = w6ax_imma_resident_kernel<kTokens, kWarps, kStages>;
   const int most = blocks_at_once("w6ax_imma", kernel, kWarps * 32, All::kSharedBytes);
   if (most == 0) return false;
-  const int tiles = Tiles(p, kTokenTile).count();
-  launch("w6ax_imma", kernel, dim3(tiles < most ? tiles : most), kWarps * 32, All::kSharedBytes, 1, stream, p);
+  const Shares shares(p, kTokenTile, most);
+  launch("w6ax_imma", kernel, dim3(shares.blocks), kWarps * 32, All::kSharedBytes, 1, stream, p, shares);
   return true;
 }
 
@@ -100,7 +100,7 @@ void w6ax_imma(const Linear& p, int token_tiles, cudaStream_t stream) {
   // As an H200 has them the fastest, each layer's weights from memory, after another product and after a norm. One block of many warps
   // reads faster than two, unless all but a few multiprocessors would be idle while those have a second tile. A ring of a row's length is
   // enough; of more groups more warps help more than more stages, and still more that codes of few tokens are read once a block.
-  const int tiles = Tiles(p, token_tiles * kTokenTile).count(), multiprocessors = multiprocessor_count("w6ax_imma");
+  const int tiles = tile_count(p, token_tiles * kTokenTile), multiprocessors = multiprocessor_count("w6ax_imma");
   const bool few_twice = multiprocessors < tiles && 3 * (tiles - multiprocessors) < multiprocessors;
   bool done = false;
   switch (token_tiles) {

@@ -145,13 +145,13 @@ struct Sizes {
 };
 
 template <int kWarps, int kStages>
-__global__ void __launch_bounds__(kWarps * 32, 1) w6ax_imma_row_kernel(const __grid_constant__ Linear p, const __grid_constant__ Row row) {
+__global__ void __launch_bounds__(kWarps * 32, 1)
+    w6ax_imma_row_kernel(const __grid_constant__ Linear p, const __grid_constant__ Shares shares, const __grid_constant__ Row row) {
   using All = Sizes<kWarps, kStages>;
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ float partial[2][kWarps];
   allow_next_kernel();
-  const Tiles tiles(p, kTokenTile);
-  typename All::TheRing ring(p, tiles, shared);
+  typename All::TheRing ring(p, shares, shared);
   typename All::TheSum sum(shared + All::TheRing::kSharedBytes);
   const Room room(shared + All::TheRing::kSharedBytes + All::TheSum::kSharedBytes, p.groups);
   sum.start();
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) w6ax_imma_row_kernel(const __g
   else
     quantize_row<__nv_bfloat16, kWarps>(row, p.groups, room, partial);
   __syncthreads();
-  multiply<1, kWarps>(p, tiles, ring, sum, room);
+  multiply<1, kWarps>(p, ring, sum, room);
 }
 
 template <int kWarps, int kStages>
@@ -176,8 +176,8 @@ bool run(const Linear& p, const Row& row, cudaStream_t stream) {
   const auto kernel = w6ax_imma_row_kernel<kWarps, kStages>;
   const int most = blocks_at_once("w6ax_imma_row", kernel, kWarps * 32, kSharedBytes);
   if (most == 0) return false;
-  const int tiles = Tiles(p, kTokenTile).count();
-  launch("w6ax_imma_row", kernel, dim3(tiles < most ? tiles : most), kWarps * 32, kSharedBytes, 1, stream, p, row);
+  const Shares shares(p, kTokenTile, most);
+  launch("w6ax_imma_row", kernel, dim3(shares.blocks), kWarps * 32, kSharedBytes, 1, stream, p, shares, row);
   return true;
 }
 

@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
         for (int e = 0; e < kUnit / 2; ++e) sums[unit][e] = 0.0f;
       load_words();
       for (int step = 0; step < groups; ++step) {
-        const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(here + chunk_at + kCodeBytes + g * 8 + warp % 2 * 4));
+        const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(here + chunk_at + kHalfBytes + g * 8 + warp % 2 * 4));
         const float2 start = make_float2(-kMagic * sw.x, -kMagic * sw.y);
         const uint8_t* sx = here + Parts::kRecordTokens * kGroup + q * 16;
         const uint64_t tokens = swizzled_operand(shared_address(here));

@@ -430,14 +430,20 @@ IMMA_FORMS = {  # tokens, features, outputs; on a card of 108 to 132 multiproces
     "8 tokens, two blocks a multiprocessor": (8, 2100, 4700),
     "8 tokens, two blocks a multiprocessor, the longest rows": (3, 8192, 4300),
     "8 tokens, two blocks a multiprocessor, not a group for every warp": (1, 300, 4300),
-    "8 tokens, two tiles a block of rows too long for two blocks": (8, 8200, 4300),
+    "8 tokens, halves alone": (8, 2100, 1500),
+    "8 tokens, halves alone, not a group for every warp": (8, 300, 1500),
+    "8 tokens, halves alone, the last without outputs": (8, 2100, 1450),
+    "8 tokens, a tile and a half a block of rows too long for two blocks": (8, 8200, 4300),
     "8 tokens, several tiles a block": (8, 2100, 20000),
     "8 tokens, several tiles a block of longer rows": (8, 4700, 20000),
     "8 tokens, several tiles a block of long rows": (8, 7100, 20000),
     "a token, several tiles a block of long rows": (1, 4200, 20000),
-    "a token, two tiles a block of the longest rows": (1, 28672, 4300),
+    "a token, halves alone": (1, 4200, 1500),
+    "a token, several tiles and a half a block": (1, 4200, 17900),
+    "a token, a tile and a half a block of the longest rows": (1, 28672, 4300),
     "a token, rows too long to be kept": (1, 28801, 4300),
     "4 tokens, several tiles a block of long rows": (4, 6600, 20000),
+    "4 tokens, several tiles and a half a block of long rows": (4, 6600, 17900),
     "4 tokens, several tiles a block of the longest rows for them": (3, 8192, 20000),
     "4 tokens, several tiles a block of longer rows": (4, 8200, 20000),
     "8 tokens, fifteen tiles a block, not a group for every warp": (8, 300, 60000),
@@ -447,6 +453,10 @@ IMMA_FORMS = {  # tokens, features, outputs; on a card of 108 to 132 multiproces
     "16 tokens, several tiles a block": (16, 2100, 9000),
     "32 tokens, two blocks a multiprocessor": (32, 2100, 4300),
     "32 tokens, several tiles a block": (32, 2100, 9000),
+    "16 tokens, halves alone": (16, 2100, 1000),
+    "32 tokens, halves alone": (32, 2100, 1000),
+    "64 tokens, halves alone": (64, 2100, 1000),
+    "64 tokens, halves of weights that two tiles share": (100, 2100, 1000),
     "64 tokens, several tiles a block": (64, 2100, 9000),
     "64 tokens, several tiles a block, four of the same weights": (200, 2100, 4300),
 }
@@ -594,6 +604,26 @@ def test_a_block_of_several_tiles_computes_what_blocks_of_one_do(dtype, outputs)
     layer = FlexQLinear.from_linear(torch.nn.Linear(640, outputs, device="cuda"), backend="wgmma")
     x = torch.randn(700, 640, device="cuda").to(dtype)
     assert torch.equal(layer(x), layer(x.float()).to(dtype))
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("tokens", "features", "outputs", "rows"),
+    [
+        pytest.param(8, 2100, 3000, slice(0, 1500), id="tiles and halves"),
+        pytest.param(64, 2100, 3000, slice(32, 1032), id="tiles and halves of many tokens"),
+        pytest.param(1, 6600, 3000, slice(0, 1500), id="tiles and halves of a row"),
+        pytest.param(4, 6600, 18000, slice(17408, 18000), id="halves of turns before and without"),
+    ],
+)
+def test_an_output_has_the_same_bits_in_a_tile_and_in_a_half(tokens, features, outputs, rows):
+    """imma: the rows by themselves are few tiles, which go by halves."""
+    linear = torch.nn.Linear(features, outputs, dtype=torch.float16, device="cuda")
+    few = torch.nn.Linear(features, rows.stop - rows.start, dtype=torch.float16, device="cuda")
+    few.load_state_dict({"weight": linear.weight[rows], "bias": linear.bias[rows]})
+    x = torch.randn(tokens, features, device="cuda")
+    many, alone = (FlexQLinear.from_linear(layer, backend="imma")(x) for layer in (linear, few))
+    assert torch.equal(many[:, rows], alone)
 
 
 @gpu

@@ -31,10 +31,10 @@ def chunks_by_hand(codes: torch.Tensor, scales: torch.Tensor, planes: bool, bits
                     words = _planes(rows, q, bits) if planes else _bytes(rows, q)
                     for word, value in enumerate(words):
                         in_vector = 4 if word // 4 < bits // 2 else 2  # words a lane
-                        at = half * half_bytes + word // 4 * 512 + 4 * in_vector * lane + 4 * (word % 4)
+                        at = half * (half_bytes + 64) + word // 4 * 512 + 4 * in_vector * lane + 4 * (word % 4)
                         chunks[c, group, at : at + 4] = np.frombuffer(np.uint32(value).tobytes(), np.uint8)
             ordered = [padded[c * 32 + g + 8 * h, group] for g in range(8) for h in range(4)]
-            chunks[c, group, 2 * half_bytes :] = np.array(ordered, np.float16).view(np.uint8)
+            chunks[c, group, half_bytes : half_bytes + 64] = np.array(ordered, np.float16).view(np.uint8)
     return torch.from_numpy(chunks)
 
 
