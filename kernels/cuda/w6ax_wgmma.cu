@@ -52,6 +52,7 @@ struct Shape {
   // From 64 tokens on the multiplying warps want more registers than their share: they take those of the fetching warp, for which it has a
   // warpgroup to itself, since registers move between whole ones only. __launch_bounds__ allots a multiple of 8.
   static constexpr bool kTakesRegisters = kManyTiles || kTokens >= 64;
+  static constexpr bool kHalves = kRecords == 2;  // of a tile: a record each
   static constexpr int kThreads = kConsumers + (kTakesRegisters ? 128 : 32);
   static constexpr int kAllotted = kThreads * (kFileRegisters / (kThreads * kBlocksAtOnce) / 8 * 8);  // of a block
   static constexpr int kRegisters = kTakesRegisters ? (kAllotted - 128 * kFetchRegisters) / kConsumers / 8 * 8 : 0;
@@ -184,7 +185,7 @@ __device__ __forceinline__ void add_up_and_store(const Linear& p, float* sums, i
 
 // Stores what all threads hold of a tile, a block's own or its part in a cluster's: it goes through `shared`, where the stages were.
 template <class Parts, int kTokens, int kUnit>
-__device__ __forceinline__ void store_through_stages(const Linear& p, const float (&sums)[kTokens / kUnit][kUnit / 2],
+__device__ __forceinline__ void store_through_stages(const Linear& p, const float (*sums)[kUnit / 2],
                                                      uint8_t* shared, int first_output, int first_token, int split, int rank) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first_of_four = first_output + threadIdx.x % Parts::kRowFours * 4;
@@ -215,23 +216,32 @@ __device__ __forceinline__ void store_through_stages(const Linear& p, const floa
 
 #endif
 
-// What a block does in its turn: `whole` tiles, one after the other, and then its share of one that its cluster has together, if one is
-// left for it. `tile` may be past the last.
-struct Turn {
-  int tile, rank, first_group, groups;
+// How the blocks of a grid share the tiles of a call: each takes `whole` ones, one after the other, and then clusters of `split` blocks
+// take what is left, a tile each, or with `halves` half a tile each: half its tokens.
+struct Work {
+  int token_tiles, tiles, split, whole;
+  bool halves;
+};
 
-  __device__ __forceinline__ Turn(const Linear& p, int turn, int whole, int split) {
-    const bool alone = turn < whole;
-    const int parts = alone ? 1 : split;
-    rank = alone ? 0 : blockIdx.x % split;
-    tile = turn * gridDim.x + blockIdx.x / parts;
+// What a block does in its turn: a tile alone, or its share of what its cluster has together, if anything is left for it: `tile` may be
+// past the last. Of a tile by halves `half` is 0 or 1, of a whole one 0.
+struct Turn {
+  int tile, half, rank, first_group, groups;
+
+  __device__ __forceinline__ Turn(const Linear& p, const Work& work, int turn) {
+    const bool alone = turn < work.whole;
+    const int parts = alone ? 1 : work.split, mine = blockIdx.x / parts;
+    const bool by_halves = work.halves && !alone;
+    rank = alone ? 0 : blockIdx.x % parts;
+    tile = turn * gridDim.x + (by_halves ? mine / 2 : mine);
+    half = by_halves ? mine % 2 : 0;
     first_group = p.groups * rank / parts, groups = p.groups * (rank + 1) / parts - first_group;
   }
 };
 
 template <int kRows, int kTokens, int kUnit, int kStages>
 __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThreads, Shape<kRows, kTokens, kUnit, kStages>::kBlocksAtOnce)
-    w6ax_wgmma_kernel(const __grid_constant__ Linear p, int token_tiles, int tiles, int split, int whole) {
+    w6ax_wgmma_kernel(const __grid_constant__ Linear p, const __grid_constant__ Work work) {
 #if __CUDA_ARCH__ / 100 == 9  // the host never launches it elsewhere
   using Parts = Shape<kRows, kTokens, kUnit, kStages>;
   constexpr int kUnits = kTokens / kUnit, kUnitsOfRecord = kUnits / Parts::kRecords, kBuffers = kUnits > 1 && kRows == 128 ? 2 : 1;
@@ -262,22 +272,25 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
   if (warp >= Parts::kWarps) {
     if constexpr (Parts::kRegisters > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFetchRegisters));
     if (warp > Parts::kWarps) return;
-    const uint64_t policy = token_tiles == 1 ? evict_first() : evict_last();
+    const uint64_t policy = work.token_tiles == 1 ? evict_first() : evict_last();
     int stage = 0, parity = 0;
-    for (int turn = 0; turn <= whole; ++turn) {
-      const Turn now(p, turn, whole, split);
+    for (int turn = 0; turn <= work.whole; ++turn) {
+      const Turn now(p, work, turn);
       const int tile = now.tile, first_group = now.first_group, groups = now.groups;
-      if (tile >= tiles) break;
+      if (tile >= work.tiles) break;
       // Lane c fetches chunk c of the tile's outputs; past the last outputs the last chunk is read again, and nothing of it is stored.
-      const int chunk = min(tile / token_tiles * Parts::kChunks + lane, (p.outputs - 1) / kChunkRows);
+      const int chunk = min(tile / work.token_tiles * Parts::kChunks + lane, (p.outputs - 1) / kChunkRows);
       const uint8_t* weights = p.weight + (int64_t(chunk) * p.groups + first_group) * kChunkBytes;
-      // Of two records of tokens the second may be past the last: then the first is read again.
-      const int record = tile % token_tiles * Parts::kRecords;
-      const bool both = (record + 1) * Parts::kRecordTokens < p.tokens;
+      // Of two records of tokens the second may be past the last: then the first is read again, for a half as well.
+      const bool by_halves = Parts::kHalves && work.halves && turn == work.whole;
+      const int records_at_once = by_halves ? 1 : Parts::kRecords;
+      const int first_record = tile % work.token_tiles * Parts::kRecords;
+      const bool both = (first_record + 1) * Parts::kRecordTokens < p.tokens;
+      const int record = first_record + (both ? now.half : 0);
       const uint8_t* records = p.activations + (int64_t(record) * p.groups + first_group) * Parts::kRecordBytes;
       const uint8_t* second = records + (both ? int64_t(p.groups) * Parts::kRecordBytes : 0);
       const auto fetch_weights = [&](int s) {
-        if (lane == 0) barrier_expect(full + s, Parts::kRecords * Parts::kRecordBytes + Parts::kChunks * kChunkBytes);
+        if (lane == 0) barrier_expect(full + s, records_at_once * Parts::kRecordBytes + Parts::kChunks * kChunkBytes);
         __syncwarp();
         uint8_t* const to = shared + s * Parts::kStageBytes + Parts::kChunksAt + lane * kChunkBytes;
         if (lane < Parts::kChunks) bulk_copy(to, weights, kChunkBytes, full + s, policy);
@@ -287,7 +300,7 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
         uint8_t* const to = shared + s * Parts::kStageBytes;
         if (lane == 0) {  // all by one lane: copies of several are 2% slower
           bulk_copy(to, records, Parts::kRecordBytes, full + s);
-          if constexpr (Parts::kRecords == 2) bulk_copy(to + Parts::kRecordStride, second, Parts::kRecordBytes, full + s);
+          if (Parts::kRecords == 2 && !by_halves) bulk_copy(to + Parts::kRecordStride, second, Parts::kRecordBytes, full + s);
         }
         records += Parts::kRecordBytes, second += Parts::kRecordBytes;
       };
@@ -320,12 +333,11 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
       barrier_wait(full + stage, parity);
       load_half(here + chunk_at, warp % 2, lane, words);
     };
-    for (int turn = 0; turn <= whole; ++turn) {
-      const Turn now(p, turn, whole, split);
-      const int tile = now.tile, groups = now.groups;
-      if (tile >= tiles) break;
+    // Sums of the next so many groups, of the first kCount units of a tile.
+    const auto add_groups = [&](auto units, int groups) {
+      constexpr int kCount = decltype(units)::value;
 #pragma unroll
-      for (int unit = 0; unit < kUnits; ++unit)
+      for (int unit = 0; unit < kCount; ++unit)
 #pragma unroll
         for (int e = 0; e < kUnit / 2; ++e) sums[unit][e] = 0.0f;
       load_words();
@@ -351,18 +363,18 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
         for (int s = 0; s < 4; ++s) expand(words, s, a[s]);
         multiply(0);
 #pragma unroll
-        for (int unit = 0; unit < kUnits; ++unit) {
+        for (int unit = 0; unit < kCount; ++unit) {
           int32_t(&sum)[kUnit / 2] = inner[unit % kBuffers];
           const auto* scales = reinterpret_cast<const float4*>(sx + scales_at(unit));  // of tokens 16 j + 2 q, + 1, + 8 and + 9 at 4 j
           float4 early[kEarlyScales + 1];                                              // an array of none is no C++
 #pragma unroll
           for (int j = 0; j < kEarlyScales; ++j) early[j] = scales[4 * j];
-          if (unit + 1 == kUnits) {
+          if (unit + 1 == kCount) {
             here += Parts::kStageBytes;
             if (++stage == kStages) stage = 0, parity ^= 1, here = shared;
             if (step + 1 < groups) load_words();
           }
-          if (kBuffers > 1 && unit + 1 < kUnits) {
+          if (kBuffers > 1 && unit + 1 < kCount) {
             multiply(unit + 1);
             wgmma_wait<1>(sum);
           } else {
@@ -380,14 +392,26 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
 #pragma unroll
             for (int i = 0; i < 8; ++i) sums[unit][8 * j + i] = fmaf(scaled_sum[8 * j + i], s[i / 4 * 2 + i % 2], sums[unit][8 * j + i]);
           }
-          if (kBuffers == 1 && unit + 1 < kUnits) multiply(unit + 1);
+          if (kBuffers == 1 && unit + 1 < kCount) multiply(unit + 1);
         }
         barrier_arrive(done);
       }
-
-      const int first_output = tile / token_tiles * kRows, first_token = tile % token_tiles * kTokens;
+    };
+    for (int turn = 0; turn <= work.whole; ++turn) {
+      const Turn now(p, work, turn);
+      if (now.tile >= work.tiles) break;
+      const int first_output = now.tile / work.token_tiles * kRows, first_token = now.tile % work.token_tiles * kTokens;
+      if constexpr (Parts::kHalves) {
+        if (turn == work.whole && work.halves) {
+          add_groups(std::integral_constant<int, kUnits / 2>(), now.groups);
+          const int first_of_half = first_token + now.half * (kTokens / 2);
+          store_through_stages<Parts, kTokens / 2, kUnit>(p, sums, shared, first_output, first_of_half, work.split, now.rank);
+          break;
+        }
+      }
+      add_groups(std::integral_constant<int, kUnits>(), now.groups);
       if constexpr (Parts::kManyTiles) {
-        if (turn < whole) {
+        if (turn < work.whole) {
           const int output = first_output + warp * 16;
           const Finish finish[2] = {{p, output + g}, {p, output + g + 8}};
           constexpr int kAtOnce = Parts::kTurnedTokens;
@@ -400,15 +424,14 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
           continue;
         }
       }
-      store_through_stages<Parts, kTokens, kUnit>(p, sums, shared, first_output, first_token, split, now.rank);
+      store_through_stages<Parts, kTokens, kUnit>(p, sums, shared, first_output, first_token, work.split, now.rank);
       break;
     }
   }
 #endif
 }
 
-// Tiles of how many outputs and tokens, how many blocks share the groups of one and how many each takes whole before; and how long all
-// take, 0 where no block can run.
+// How the tiles of a call are shared, and how long all take, 0 where no block can run.
 struct Plan {
   Tiling tiling;
   float time;
@@ -424,6 +447,7 @@ struct Variant {
   // paper's layers in every cluster that can run follow within 3%, those of small blocks within 4 to 10%.
   static constexpr float kAloneGroups = Parts::kManyTiles ? 4.4f : 6.5f;
   static constexpr float kSharedGroups = kTokens == 256 ? 7.7f : Parts::kManyTiles ? 9.0f : 7.0f;
+  static constexpr float kHalfTime = 0.62f;  // of a shared tile's, by halves
 
   static int token_tiles(const Linear& p) { return (p.tokens + kTokens - 1) / kTokens; }
   static int tiles(const Linear& p) { return (p.outputs + kRows - 1) / kRows * token_tiles(p); }
@@ -438,8 +462,8 @@ struct Variant {
     const bool many_tiles = Parts::kManyTiles && p.y_type != Float::f32;
     const float alone = kGroupTime * (p.groups + kAloneGroups);
     Plan best{};
-    const auto consider = [&](int split, int whole, float time) {
-      if (best.time == 0.0f || time < best.time) best = {{kRows, kTokens, split, whole}, time, run};
+    const auto consider = [&](int split, int whole, bool halves, float time) {
+      if (best.time == 0.0f || time < best.time) best = {{kRows, kTokens, split, whole, halves}, time, run};
     };
     // Alone first: whether a block fits the card is asked there, once for all.
     for (int split = 1; split <= kMostSplit && (split == 1 || p.groups >= kLeastGroups * split); ++split) {
@@ -447,22 +471,25 @@ struct Variant {
       if (at_once == 0) break;
       const int rounds = (count + at_once - 1) / at_once;
       if (split == 1) {
-        consider(1, many_tiles ? rounds : 0, rounds * alone);
+        consider(1, many_tiles ? rounds : 0, false, rounds * alone);
         continue;
       }
-      // Whole tiles while there is one for every block, and what is left shared; or every tile shared, as many as run at once in a round.
+      // Whole tiles while there is one for every block, and what is left shared, by halves if there are clusters for all; or every tile
+      // shared, as many as run at once in a round.
       const float shared = kGroupTime * ((p.groups + split - 1) / split + kSharedGroups);
       const int whole = count / (at_once * split), left = count % (at_once * split);
-      if (many_tiles && whole > 0 && left <= at_once) consider(split, whole, whole * alone + (left > 0 ? shared : 0.0f));
-      if (rounds == 1 || Parts::kManyTiles) consider(split, 0, rounds * shared);  // small clusters' second round finds few places
+      if (many_tiles && whole > 0 && left <= at_once) consider(split, whole, false, whole * alone + (left > 0 ? shared : 0.0f));
+      if (Parts::kHalves && many_tiles && whole > 0 && left > 0 && 2 * left <= at_once)
+        consider(split, whole, true, whole * alone + kHalfTime * shared);
+      if (rounds == 1 || Parts::kManyTiles) consider(split, 0, false, rounds * shared);  // small clusters' second round finds few places
     }
     return best;
   }
 
   static void run(const Linear& p, const Tiling& tiling, cudaStream_t stream) {
     const int blocks = std::min(tiling.whole > 0 ? clusters(tiling.split) : tiles(p), tiles(p)) * tiling.split;
-    launch("w6ax_wgmma", kKernel, dim3(blocks), Parts::kThreads, Parts::kSharedBytes, tiling.split, stream, p, token_tiles(p), tiles(p),
-           tiling.split, tiling.whole);
+    const Work work{token_tiles(p), tiles(p), tiling.split, tiling.whole, tiling.halves};
+    launch("w6ax_wgmma", kKernel, dim3(blocks), Parts::kThreads, Parts::kSharedBytes, tiling.split, stream, p, work);
   }
 };
 
