@@ -20,12 +20,14 @@ def attention_kernel(
     scale, places, heads, group,  # scale with log2 e; heads of a sequence; of them those of a key's head
     query_b, query_h, key_b, key_h, key_n, value_b, value_h, value_n, mask_b, mask_n,  # strides
     parts: tl.constexpr, parts_at_once: tl.constexpr, steps: tl.constexpr, keys_at_once: tl.constexpr,
-    features: tl.constexpr, features_at_once: tl.constexpr, masked: tl.constexpr,
+    features: tl.constexpr, features_at_once: tl.constexpr, masked: tl.constexpr, lets_begin: tl.constexpr,
 ):  # fmt: skip
     """Of one head `steps` times `keys_at_once` keys: their weighted values, their weights' sum, and the largest score.
 
     The block that finishes last of a head's adds up all parts, in their order, and leaves `finished` at zero again.
     """
+    if lets_begin:  # the next kernel fetches weights while this one runs, and waits for what is found here
+        tl.extra.cuda.gdc_launch_dependents()
     head, part = tl.program_id(0), tl.program_id(1)
     b, h = (head // heads).to(tl.int64), head % heads  # a cache may have more than 2^31 numbers
     d = tl.arange(0, features_at_once)
@@ -104,5 +106,6 @@ def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
             *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], shown.stride(0), shown.stride(-1),
             parts=parts, parts_at_once=triton.next_power_of_2(parts), steps=steps, keys_at_once=_KEYS_AT_ONCE,
             features=features, features_at_once=triton.next_power_of_2(features), masked=mask is not None,
+            lets_begin=torch.cuda.get_device_capability(query.device) >= (9, 0),
         )  # fmt: skip
     return found
