@@ -54,6 +54,7 @@ def studied(**options):
 def rank(number):
     os.environ.update(RANK=str(number), LOCAL_RANK=str(number), MASTER_PORT=ports[0])
     with processes.joined("cpu"):
+        assert torch.get_num_threads() == max(1, os.cpu_count() // 2)
         study = studied(model=even, methods="fp16,flexq,w8a8")
         texts = {m: decode.generate(study.build(m, "auto"), study.prompt, int(tokens)).tokens.tolist() for m in ("fp16", "flexq")}
         (folder / f"tokens-{number}.json").write_text(json.dumps({"prompt": study.prompt.tolist(), **texts}))
@@ -108,6 +109,7 @@ def test_two_processes_write_what_one_writes(tmp_path):
                 parameter.add_(0.1 * torch.randn_like(parameter))
         folders[name] = save_model(model, tmp_path / name)
     environment = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment["OMP_NUM_THREADS"] = "1"  # as torchrun sets it
     done = subprocess.run(
         [sys.executable, "-c", RANKS, tmp_path, folders["even"], folders["odd"], str(TOKENS), *free_ports(3)],
         cwd=Path(flexq_core.__file__).parents[1],

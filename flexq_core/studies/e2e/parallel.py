@@ -129,9 +129,10 @@ class ParallelStudy(e2e.EndToEndStudy):
     def _written(self, method: str, source: Path | None) -> Path:
         out = Path(self._temporary.name) / str(len(self._folders))
         if source is not None:
-            plan, mine = self._plan(method), linear_layers(self.loaded.model)
-            layers = {layer: bits for layer, bits in plan.layers.items() if layer in mine}  # of few blocks, few
-            return quantize_files(source, out, PrecisionPlan(plan.name, layers, plan.group_size)).folder
+            plan, here = self._plan(method), linear_layers(self.loaded.model)
+            layers = {layer: bits for layer, bits in plan.layers.items() if layer in here}  # of few blocks, few
+            mine = PrecisionPlan(plan.name, layers, plan.group_size)
+            return quantize_files(source, out, mine, progress=True).folder
         if self.weights == "pretrained":
             return model_folder(self.model)
         # Made where it is made for one process, so that it is the same, but a block at a time.

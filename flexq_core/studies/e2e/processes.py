@@ -49,6 +49,7 @@ def joined(device: str) -> Iterator[None]:
     if device == "cuda":
         torch.cuda.set_device(local)
         options = {"backend": "nccl", "device_id": torch.device("cuda", local)}
+    _share_processors()
     dist.init_process_group(timeout=_PATIENCE, **options)
     with ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
@@ -62,6 +63,15 @@ def joined(device: str) -> Iterator[None]:
             sys.stderr.flush()
             dist.barrier()
             raise
+
+
+def _share_processors() -> None:
+    """Give each process its share of the processors, unless somebody has said how many threads it shall have.
+
+    torchrun says one where nobody else does, with which the first would quantise a large model for hours.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // count()))
 
 
 def is_first() -> bool:
