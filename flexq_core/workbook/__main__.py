@@ -97,7 +97,8 @@ _DETAIL = re.compile(r"(loss_nats|relative_error_a\d|sqnr_a\d_db|predicted_kl_a\
 
 
 def _reference(options: argparse.Namespace) -> int:
-    for file in sorted((paths.outputs() / "records").glob("*.jsonl")):
+    folder, copies = paths.outputs() / "records", 0
+    for file in sorted(folder.glob("*.jsonl")):
         kept = [
             record
             for record in current(read_jsonl(file))
@@ -107,6 +108,9 @@ def _reference(options: argparse.Namespace) -> int:
             copy = paths.REFERENCE / paths.model_label(options.machine) / "records" / file.name
             write_jsonl(copy, kept)
             print(f"{copy}: {len(kept)} records")
+            copies += 1
+    if not copies:
+        raise RecordError(f"{folder} has no records of the present source to keep; run the notebooks first: make demo")
     return 0
 
 

@@ -267,6 +267,14 @@ def test_no_records_are_no_table(tmp_path):
         readme_with_results(f"{START}{END}", load_records(tmp_path))
 
 
+def test_without_records_there_is_no_reference_and_it_says_what_makes_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FLEXQ_OUTPUTS", str(tmp_path))
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
+    assert main(["reference", "cpu"]) == 1
+    assert f"{tmp_path / 'records'} has no records of the present source to keep" in capsys.readouterr().err
+    assert not (tmp_path / "reference").exists()
+
+
 def test_reference_then_readme_carry_records_into_the_readme(tmp_path, monkeypatch):
     monkeypatch.setenv("FLEXQ_OUTPUTS", str(tmp_path / "out"))
     monkeypatch.setattr("flexq_core.workbook.records.source_digest", lambda *_: "this source")
