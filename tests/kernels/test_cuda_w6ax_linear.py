@@ -566,8 +566,8 @@ TILINGS = [  # tokens, features, outputs → rows and tokens of a tile, blocks t
     (700, 3300, 6100, (192, 128, 2, 1, False)),
 ]
 """What wgmma does on an H200: with each size of block the splits that it is known to choose, with whole tiles before it and
-without, and more and fewer groups than stages, in odd numbers and even ones; by halves, of whose tokens some have none, with one
-to six. Nine tiles begin at each of four stages in either parity, twelve at each of six."""
+without, and more and fewer groups than stages, in odd numbers and even ones; by halves, some without tokens, after one to six
+whole tiles. Nine tiles begin at each of four stages in either parity, twelve at each of six."""
 
 
 def tiling_id(tokens, features, outputs, tiling):
