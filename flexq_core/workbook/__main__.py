@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ParameterError, NotebookError, RecordError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from what is on record", file=sys.stderr)
+        return 130  # as a shell has it
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     whole.add_argument("model", help="a demo model, a paper model such as llama-2-7b, a hub id or a local folder")
     whole.add_argument("--data-dir", default="", help="a folder that holds the texts and tasks (default: the hub)")
     whole.set_defaults(command=_reproduce)
-    run = commands.add_parser("run", help="run one notebook")
+    about = "Run one notebook. Its parameters stand in its second cell, each with what it means."
+    run = commands.add_parser("run", help="run one notebook", description=about)
     run.add_argument("notebook", choices=sorted(path.stem for path in paths.NOTEBOOKS.glob("*.ipynb")))
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     run.set_defaults(command=_run)
@@ -67,17 +71,18 @@ def _demo(_: argparse.Namespace) -> int:
 
 def _reproduce(options: argparse.Namespace) -> int:
     given = _from_here({"model": options.model, "data_dir": options.data_dir})
-    if given["data_dir"] and not Path(given["data_dir"]).is_dir():
-        raise ParameterError(f"data_dir is {options.data_dir!r}; accepted: a folder that exists")
     print(f"Notebooks on {options.model}; what is on record is not computed again.")
     return _finish(execute_all(reproduction(**given), stop_at_failure=True))
 
 
 def _finish(well: bool) -> int:
-    """Build the report, print the headline table, and return the exit status."""
+    """Build the report, print the headline table, or last that something failed, and return the exit status."""
     _report(None)
+    if not well:
+        print("\nnot all notebooks did well: FAILED stands above where one did not, and why", file=sys.stderr)
+        return 1
     print("\n" + readable(accuracy_table(load_records())).to_string(index=False))
-    return 0 if well else 1
+    return 0
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -128,7 +133,11 @@ def _from_here(parameters: dict[str, Any]) -> dict[str, Any]:
     """What lies where the command was given, by its whole path: notebooks run in their own folder.
 
     A model is a folder where it is written as a path (./mine): a bare name is a model's.
+    Raises ParameterError for a data_dir that is none.
     """
+    data_dir = parameters.get("data_dir")
+    if isinstance(data_dir, str) and data_dir and not Path(data_dir).expanduser().is_dir():
+        raise ParameterError(f"data_dir is {data_dir!r}; accepted: a folder that exists")
     found = dict(parameters)
     for name, is_there in _PLACES.items():
         value = found.get(name)

@@ -16,6 +16,8 @@ from flexq_core.workbook import paths
 from flexq_core.workbook.run import check_parameters
 
 KERNEL = "flexq"
+PARTIAL = "-partial.ipynb"
+"""What the name of an executed copy ends with until all its cells have run."""
 _DEMO_MODELS = ("demo-llama", "demo-opt")
 _PLAIN = {"windows": 64}
 _OUTLIERS = {"outliers": 32.0, "windows": 32, "calibration_windows": 4}
@@ -65,12 +67,13 @@ def execute(study: str, parameters: Mapping[str, Any]) -> Path:
     from papermill.exceptions import PapermillExecutionError
 
     copy = paths.outputs() / "notebooks" / f"{study}-{paths.run_label(parameters)}.ipynb"
+    partial = copy.with_name(copy.stem + PARTIAL)  # until it has done well: the copy of a run before stays
     copy.parent.mkdir(parents=True, exist_ok=True)
     with _this_python_as_kernel():
         try:
             papermill.execute_notebook(
                 str(notebook),
-                str(copy),
+                str(partial),
                 dict(parameters),
                 kernel_name=KERNEL,
                 cwd=paths.NOTEBOOKS,
@@ -78,12 +81,13 @@ def execute(study: str, parameters: Mapping[str, Any]) -> Path:
                 shutdown_kernel="immediate",  # else it is interrupted first, which now and then prints an error
             )
         except PapermillExecutionError as error:
-            raise NotebookError(f"{study} failed: {error.ename}: {error.evalue}\npartial copy: {copy}") from None
+            raise NotebookError(f"{study} failed: {error.ename}: {error.evalue}\npartial copy: {partial}") from None
         except DeadKernelError:
             raise NotebookError(
                 f"{study} failed: its Python process died, most likely for want of memory; run again, finished work is not "
-                f"repeated\npartial copy: {copy}"
+                f"repeated\npartial copy: {partial}"
             ) from None
+    partial.replace(copy)
     return copy
 
 

@@ -8,6 +8,7 @@ import pytest
 from nbformat import v4
 
 from flexq_core.workbook import ParameterError, paths
+from flexq_core.workbook import __main__ as command
 from flexq_core.workbook.__main__ import _from_here, main
 from flexq_core.workbook.execute import DEMO, execute, execute_all, reproduction
 from flexq_core.workbook.run import check_parameters
@@ -62,6 +63,8 @@ def test_a_folder_is_found_from_where_the_command_was_given(folder, tmp_path, mo
     (copy,) = folder.glob("good-*.ipynb")
     assert printed(copy).split()[0] == (str(tmp_path / "mine" / "here") if "/" in model else model)
     assert _from_here({"data_dir": "here", "dataset": "here"})["data_dir"] == str(tmp_path / "mine" / "here")
+    with pytest.raises(ParameterError, match="data_dir is 'nowhere'; accepted: a folder that exists"):
+        _from_here({"data_dir": "nowhere"})
 
 
 def test_a_plan_is_found_from_where_the_command_was_given_if_it_is_a_file(tmp_path, monkeypatch):
@@ -80,10 +83,28 @@ def test_nothing_is_reproduced_from_a_folder_that_is_not_there(folder, capsys):
 
 def test_a_failure_keeps_the_partial_copy_and_the_status_says_so(folder, capsys):
     assert main(["run", "bad"]) == 1
-    copy = folder / "bad-all.ipynb"
+    copy = folder / "bad-all-partial.ipynb"
     said = capsys.readouterr().err
     assert "bad failed: ZeroDivisionError: division by zero" in said and f"partial copy: {copy}" in said
     assert printed(copy) == "before\n"
+
+
+def test_a_failure_leaves_the_copy_of_a_run_that_did_well(folder, capsys):
+    notebook("changes", "print('well')")
+    assert main(["run", "changes"]) == 0
+    notebook("changes", "print('before')", "1 / 0")
+    assert main(["run", "changes"]) == 1
+    assert printed(folder / "changes-all.ipynb") == "well\n"
+    assert printed(folder / "changes-all-partial.ipynb") == "before\n"
+
+
+def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "execute", interrupted)
+    assert main(["run", "good"]) == 130
+    assert capsys.readouterr().err == "\nstopped; the same command goes on from what is on record\n"
 
 
 def test_a_kernel_that_dies_is_a_notebook_that_failed(folder, capsys):

@@ -223,9 +223,12 @@ def test_the_page_needs_nothing_but_the_notebooks_beside_it(tmp_path):
     for folder in (figures, tmp_path / "notebooks"):
         folder.mkdir(parents=True)
     (figures / "sizes.svg").write_text("<svg/>")
-    (tmp_path / "notebooks" / "00_quickstart-demo.ipynb").write_text("{}")
+    for name in ("demo", "lost-partial"):
+        (tmp_path / "notebooks" / f"00_quickstart-{name}.ipynb").write_text("{}")
     page = page_of(tmp_path)
-    assert len(page.references) == 2
+    assert "Executed: 00_quickstart-demo.ipynb" in page.text
+    assert "Failed or stopped: 00_quickstart-lost-partial.ipynb" in page.text
+    assert len(page.references) == 3
     for reference in page.references:
         assert reference.startswith("data:image/svg+xml;base64,") or (tmp_path / reference).is_file()
     assert "demo: sizes" in page.text  # a figure without a caption is shown by its name

@@ -72,6 +72,8 @@ def short(path: str | Path) -> str:
 def _told(probe: Callable[[], str]) -> str:
     try:
         return probe()
+    except ModuleNotFoundError:
+        return "known once the packages are installed"
     except Exception as error:
         return f"cannot be found out ({said(error)})"
 
@@ -131,9 +133,7 @@ def _torch() -> str:
 
 
 def _compiler() -> str:
-    from torch.utils import cpp_extension
-
-    wanted = cpp_extension.get_cxx_compiler()
+    wanted = os.environ.get("CXX", "c++")  # as torch's cpp_extension looks for it
     place = shutil.which(wanted)
     if place is None:
         return f"none (looked for {wanted!r})"
@@ -142,11 +142,15 @@ def _compiler() -> str:
 
 
 def _nvcc() -> str:
-    from flexq_core.runtime import build
-
     try:
+        from flexq_core.runtime import build
+
         nvcc = build.cuda_home() / "bin" / "nvcc"
+    except ModuleNotFoundError:
+        nvcc = shutil.which("nvcc")
     except build.BuildError:
+        nvcc = None
+    if not nvcc:
         return "none"
     told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=20).stdout
     release = re.search(r"release ([\d.]+)", told)
@@ -161,8 +165,10 @@ def nvidia_card_seen() -> bool:
 
 
 def _cards() -> str:
-    import torch
-
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return "one of NVIDIA's" if nvidia_card_seen() else "none"
     from flexq_core.workbook.machine import driver
 
     if not torch.cuda.is_available():
@@ -274,7 +280,7 @@ def _kernel_cache() -> str:
 
     folder = build.cache_folder()
     builds = sum(place.is_dir() for place in folder.iterdir()) if folder.is_dir() else 0
-    return f"{short(folder)}: {builds} builds, {_size(folder)}; {free_gib(folder):.1f} GiB free"
+    return f"{short(folder)}: {builds} {'build' if builds == 1 else 'builds'}, {_size(folder)}; {free_gib(folder):.1f} GiB free"
 
 
 def _hub_cache() -> str:
