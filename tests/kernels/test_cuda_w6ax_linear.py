@@ -561,8 +561,8 @@ TILINGS = [  # tokens, features, outputs → rows and tokens of a tile, blocks t
     (2100, 2100, 11300, (128, 256, 2, 6, True)),
     (700, 3300, 5700, (128, 256, 3, 1, True)),
     (700, 4100, 5700, (128, 256, 4, 1, True)),
-    (700, 6600, 6300, (192, 128, 2, 1, False)),
-    (700, 6600, 11200, (128, 256, 1, 2, False)),
+    (700, 6600, 6390, (128, 256, 4, 1, False)),
+    (700, 6600, 11300, (128, 256, 4, 2, False)),
     (700, 3300, 6100, (192, 128, 2, 1, False)),
 ]
 """What wgmma does on an H200: with each size of block the splits that it is known to choose, with whole tiles before it and
