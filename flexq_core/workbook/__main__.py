@@ -135,9 +135,6 @@ def _from_here(parameters: dict[str, Any]) -> dict[str, Any]:
     A model is a folder where it is written as a path (./mine): a bare name is a model's.
     Raises ParameterError for a data_dir that is none.
     """
-    data_dir = parameters.get("data_dir")
-    if isinstance(data_dir, str) and data_dir and not Path(data_dir).expanduser().is_dir():
-        raise ParameterError(f"data_dir is {data_dir!r}; accepted: a folder that exists")
     found = dict(parameters)
     for name, is_there in _PLACES.items():
         value = found.get(name)
@@ -146,6 +143,8 @@ def _from_here(parameters: dict[str, Any]) -> dict[str, Any]:
         place = Path(value).expanduser()
         if is_there(place):
             found[name] = str(place.resolve())
+        elif name == "data_dir":
+            raise ParameterError(f"data_dir is {value!r}; accepted: a folder that exists")
     return found
 
 

@@ -133,7 +133,12 @@ def _torch() -> str:
 
 
 def _compiler() -> str:
-    wanted = os.environ.get("CXX", "c++")  # as torch's cpp_extension looks for it
+    try:
+        from torch.utils import cpp_extension
+
+        wanted = cpp_extension.get_cxx_compiler()
+    except ModuleNotFoundError:
+        wanted = os.environ.get("CXX", "c++")  # what torch will look for
     place = shutil.which(wanted)
     if place is None:
         return f"none (looked for {wanted!r})"
