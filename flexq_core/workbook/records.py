@@ -2,7 +2,7 @@
 
 A record is {study, model, method, metric, value, unit, parameters, seed, status, reason, key, git_commit, dirty,
 versions, device, driver, time}. Its key is the digest of what decides its value: study, model, method, parameters, seed, the
-source of everything that computes, and the releases of torch, transformers and the driver that ran it. A change of any of
+code that computes (source_digest.py), and the releases of torch, transformers and the driver that ran it. A change of any of
 them computes anew.
 
 The file is replaced as a whole (temporary file, fsync, rename) under a lock, so that a run killed at any moment leaves
@@ -28,6 +28,7 @@ import pandas as pd
 
 from flexq_core.workbook import paths
 from flexq_core.workbook.machine import provenance
+from flexq_core.workbook.source_digest import source_digest
 
 
 class Measurement(NamedTuple):
@@ -276,46 +277,6 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-_BESIDE = {
-    "sensitivity": ("accuracy",),
-    "accuracy": ("accuracy_scales", "accuracy_agreement", "baselines"),
-    "kernels": ("timing",),
-    "e2e": ("timing", "baselines"),
-}
-"""Study → files beside its own in studies/ that decide its numbers too; the others that it imports check, compare and draw."""
-
-
-def source_digest(study: str, card: str = "") -> str:
-    """Digest of the code that decides a study's numbers: the arithmetic, the sources and the study itself.
-
-    card: the GPU's name, empty for a processor, of which kernels and what calls them count alone. What `auto` takes on a card
-    decides the numbers of every study that runs models there, so that the rows that it asks count (runtime/auto.py); 03_kernels
-    names each backend, and finds the rows out. The demo models' weights are left out: a model's fingerprint is among a study's
-    parameters.
-    """
-    from flexq_core.runtime import auto
-
-    core = paths.ROOT / "flexq_core"
-    stem = study.split("_", 1)[-1]
-    kind, other = ("cuda", "cpu") if card else ("cpu", "cuda")
-    beside = _BESIDE.get(stem, ()) + ((f"{stem}_gpu",) if card else ())
-    files = [
-        *(core / "quant").glob("*.py"),
-        *(core / "files").glob("*.py"),
-        *(path for path in (core / "runtime").glob("*.py") if path.stem != other),
-        *(core / "sources").rglob("*.py"),
-        *(path for path in (paths.KERNELS / kind).rglob("*") if path.is_file()),
-        *(path for name in (stem, *beside) if (path := core / "studies" / f"{name}.py").is_file()),
-        *(core / "studies" / stem).rglob("*.py"),
-    ]
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(str(file.relative_to(paths.ROOT)).encode() + b"\0" + file.read_bytes())
-    if card and stem != "kernels":
-        digest.update(json.dumps(auto.rows_for(card), sort_keys=True).encode())
-    return digest.hexdigest()
 
 
 def _finite(metric: str, value: float | None) -> float | None:

@@ -16,10 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flexq_core
-from flexq_core.runtime import auto
 from flexq_core.workbook import Measurement, Skipped, load_records, paths
 from flexq_core.workbook import records as records_module
-from flexq_core.workbook.records import RecordError, Records, read_jsonl, source_digest, write_atomically
+from flexq_core.workbook.records import RecordError, Records, read_jsonl, write_atomically
 
 CASE = {"model": "demo", "method": "flexq", "parameters": {"windows": 8}, "seed": 0}
 FIELDS = {  # what DESIGN asks of every figure, and what `once` needs
@@ -81,63 +80,6 @@ def test_the_order_of_parameters_does_not_matter(tmp_path):
     records.once(**CASE | {"parameters": {"b": 2, "a": 1}}, compute=must_not_compute)
 
 
-CPU, GPU = "", "NVIDIA H100"
-
-
-@pytest.mark.parametrize(
-    ("changed", "anew"),
-    [
-        ("flexq_core/quant/spec.py", {CPU, GPU}),
-        ("flexq_core/runtime/ops.py", {CPU, GPU}),
-        ("flexq_core/files/tensors.py", {CPU, GPU}),
-        ("flexq_core/sources/data.py", {CPU, GPU}),
-        ("flexq_core/studies/accuracy.py", {CPU, GPU}),
-        ("flexq_core/studies/accuracy/part.py", {CPU, GPU}),
-        ("flexq_core/studies/accuracy_scales.py", {CPU, GPU}),
-        ("flexq_core/studies/accuracy_agreement.py", {CPU, GPU}),
-        ("kernels/cpu/kernel.cpp", {CPU}),
-        ("kernels/cuda/kernel.cu", {GPU}),
-        ("flexq_core/runtime/cpu.py", {CPU}),
-        ("flexq_core/runtime/cuda.py", {GPU}),
-        ("flexq_core/studies/accuracy_gpu.py", {GPU}),
-        ("flexq_core/studies/quickstart.py", set()),
-        ("flexq_core/workbook/report.py", set()),
-    ],
-)
-def test_a_change_of_what_computes_computes_anew(tmp_path, monkeypatch, changed, anew):
-    """On a processor and on a GPU, each of which has kernels of its own."""
-    files = [tmp_path / name for name in ("flexq_core/quant/other.py", changed)]
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("1")
-    monkeypatch.setattr(paths, "ROOT", tmp_path)
-    monkeypatch.setattr(paths, "KERNELS", tmp_path / "kernels")
-    before = {card: source_digest("02_accuracy", card) for card in (CPU, GPU)}
-    files[-1].write_text("2")
-    assert {card for card, digest in before.items() if source_digest("02_accuracy", card) != digest} == anew
-
-
-@pytest.mark.parametrize(
-    ("changed", "anew"),
-    [
-        ("timing", {"03_kernels", "04_e2e"}),
-        ("kernels", {"03_kernels"}),
-        ("e2e/decode", {"04_e2e"}),
-        ("accuracy", {"01_sensitivity", "02_accuracy"}),
-        ("baselines", {"02_accuracy", "04_e2e"}),
-    ],
-)
-def test_what_studies_share_computes_anew_those_whose_numbers_it_decides(tmp_path, monkeypatch, changed, anew):
-    file = tmp_path / "flexq_core" / "studies" / f"{changed}.py"
-    file.parent.mkdir(parents=True)
-    monkeypatch.setattr(paths, "ROOT", tmp_path)
-    monkeypatch.setattr(paths, "KERNELS", tmp_path / "kernels")
-    file.write_text("1")
-    before = {study: source_digest(study, GPU) for study in ("01_sensitivity", "02_accuracy", "03_kernels", "04_e2e")}
-    file.write_text("2")
-    assert {study for study, digest in before.items() if source_digest(study, GPU) != digest} == anew
-
-
 @pytest.mark.parametrize(("library", "anew"), [("torch", True), ("transformers", True), ("numpy", False)])
 def test_another_release_computes_anew_and_leaves_what_the_one_before_computed(tmp_path, monkeypatch, library, anew):
     mine, machine = Records("study", tmp_path), records_module.provenance("cpu")
@@ -147,23 +89,6 @@ def test_another_release_computes_anew_and_leaves_what_the_one_before_computed(t
     assert mine.once(**CASE, compute=value(2.0))["perplexity"].value == (2.0 if anew else 1.0)
     mine.drop_old()
     assert len(read_jsonl(mine.path)) == (2 if anew else 1)
-
-
-@pytest.mark.parametrize("study", ["01_sensitivity", "02_accuracy", "03_kernels", "04_e2e"])
-def test_what_auto_takes_on_a_card_decides_its_studies_but_the_one_that_finds_it_out(tmp_path, monkeypatch, study):
-    """And those of a card without rows, for which the one most like it stands."""
-    monkeypatch.setattr(auto, "PATH", tmp_path / "auto.json")
-
-    def digests(wgmma_from):
-        rows = [{"card": GPU, "wgmma_from": 65}, {"card": "NVIDIA H200", "wgmma_from": wgmma_from}]
-        auto.PATH.write_text(json.dumps(rows))
-        auto.table.cache_clear()
-        return {card: source_digest(study, card) for card in (CPU, GPU, "NVIDIA H200", "NVIDIA H200 NVL")}
-
-    before, after = digests(65), digests(33)
-    auto.table.cache_clear()
-    changed = {card for card in before if before[card] != after[card]}
-    assert changed == ({"NVIDIA H200", "NVIDIA H200 NVL"} if study != "03_kernels" else set())
 
 
 @settings(max_examples=50)
