@@ -69,7 +69,7 @@ struct Multiply {
     float sums[kHalves][kTokenTiles][4] = {};
     for (; group < p.groups; group += kWarps) {
       const uint8_t* stage = ring.wait();
-      const uint8_t* chunk = stage - first * kHalfBytes;  // where it would begin if the second half alone were not
+      const uint8_t* chunk = stage - first * kHalfBytes;  // where the whole chunk would begin
       uint32_t a[kHalves][4][4];
       __half2 sw[kHalves];  // of rows g and g + 8
 #pragma unroll

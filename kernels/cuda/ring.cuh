@@ -28,7 +28,7 @@ inline int tile_count(const Linear& p, int tokens_of_tile) {
 //   turn 0 | 0  | 1  | 2  | 3
 //   turn 1 | 4a | 4b | 5a | 5b
 //
-// A share is a number: that of a tile, or past `whole` one for each half.
+// A share is a number: that of a tile, or from `whole` on one for each half.
 struct Shares {
   int token_tiles, whole, count, blocks;
 
@@ -40,7 +40,7 @@ struct Shares {
   }
 
   __device__ __forceinline__ int tile(int share) const { return share < whole ? share : (whole + share) / 2; }
-  __device__ __forceinline__ int half(int share) const { return (share - whole) % 2; }  // of one past `whole`
+  __device__ __forceinline__ int half(int share) const { return (share - whole) % 2; }  // of one from `whole` on
 };
 
 template <int kWarps, int kStages, int kRecordBytes>

@@ -1,7 +1,7 @@
 // W6Ax for few tokens: 6-bit weights become bytes in registers, s8 tensor cores multiply them, each group is scaled in float32.
 //
-// A block computes 32 outputs for up to 64 tokens; its warps share the groups, and each streams its own chunks (ring.cuh). Bytes of
-// weights set the time: at 4.26 TB/s an SM of an H200 gets 24 codes a clock. A code costs 0.8 integer instructions (of 64 a clock and
+// A block computes tiles of 32 outputs, in the last round perhaps half a one, for up to 64 tokens; its warps share the groups, and each
+// streams its own chunks (ring.cuh). Bytes of weights set the time: at 4.26 TB/s an SM of an H200 gets 24 codes a clock. A code costs 0.8 integer instructions (of 64 a clock and
 // SM), so that the tensor cores and the ALUs wait for memory and not the reverse.
 #include "imma.cuh"
 #include "kernels.h"
@@ -98,8 +98,9 @@ bool run_resident(const Linear& p, cudaStream_t stream) {
 
 void w6ax_imma(const Linear& p, int token_tiles, cudaStream_t stream) {
   // As an H200 has them the fastest, each layer's weights from memory, after another product and after a norm. One block of many warps
-  // reads faster than two, unless all but a few multiprocessors would be idle while those have a second tile. A ring of a row's length is
-  // enough; of more groups more warps help more than more stages, and still more that codes of few tokens are read once a block.
+  // reads faster than two, unless all but a few multiprocessors would be idle while those have a second tile, or halves of one. A ring of a
+  // row's length is enough; of more groups more warps help more than more stages, and still more that codes of few tokens are read once a
+  // block.
   const int tiles = tile_count(p, token_tiles * kTokenTile), multiprocessors = multiprocessor_count("w6ax_imma");
   const bool few_twice = multiprocessors < tiles && 3 * (tiles - multiprocessors) < multiprocessors;
   bool done = false;

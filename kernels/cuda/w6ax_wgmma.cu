@@ -14,8 +14,8 @@
 // that none is negative and the bits are those of a denormal number, take a k-step more (in every second unit it gains 3%). With up to
 // 128 tokens and two warpgroups the tensor cores have the time: there sums start at kMagicBits, which gains 1 to 3% (three lose 5%).
 //
-// Where a cluster of blocks is sooner done it shares the groups of a tile (see `Plan`), and each block adds up its share of the tokens from
-// its neighbours' shared memory, in their order: the result does not depend on timing.
+// Where a cluster of blocks is sooner done it shares the groups of a tile, or of half its tokens (see `Plan`), and each block adds up its
+// share of the tokens from its neighbours' shared memory, in their order: the result does not depend on timing.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -183,7 +183,8 @@ __device__ __forceinline__ void add_up_and_store(const Linear& p, float* sums, i
   if (kSplit > 1) cluster.barrier_wait();  // nobody leaves while a neighbour reads from it
 }
 
-// Stores what all threads hold of a tile, a block's own or its part in a cluster's: it goes through `shared`, where the stages were.
+// Stores what all threads hold of a tile or of half its tokens, a block's own or its part in a cluster's: it goes through `shared`, where
+// the stages were.
 template <class Parts, int kTokens, int kUnit>
 __device__ __forceinline__ void store_through_stages(const Linear& p, const float (*sums)[kUnit / 2],
                                                      uint8_t* shared, int first_output, int first_token, int split, int rank) {

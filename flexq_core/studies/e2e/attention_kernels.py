@@ -72,8 +72,8 @@ def attention_kernel(
 
 
 _zeros: dict[tuple[torch.device, int], Tensor] = {}
-"""What kernels count in: zeros, and zeros again when a kernel ends, so that nothing need be launched to make them. One kernel of
-a device runs after the other: nobody here has two streams."""
+"""What kernels count in: zeros, and zeros again when a kernel ends, so that nothing need be launched to make them. Attention's
+kernels of a device run one after the other: nobody here has two streams."""
 
 
 def _finished(device: torch.device, count: int) -> Tensor:

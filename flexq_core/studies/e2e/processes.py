@@ -68,7 +68,8 @@ def joined(device: str) -> Iterator[None]:
 def _share_processors() -> None:
     """Give each process its share of the processors, unless somebody has said how many threads it shall have.
 
-    torchrun says one where nobody else does, with which the first would quantise a large model for hours.
+    torchrun says one where nobody else does, with which the first would quantise a large model for hours. One of the user's own
+    cannot be told from that.
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // count()))
