@@ -139,7 +139,7 @@ def perplexity_of(batches: Iterable[Tensor], logits: Iterable[Tensor]) -> Perple
 
 
 def order_of(cases: list[Mapping[str, float]]) -> tuple[bool, str]:
-    """Whether perplexity falls from case to case as far as the text can tell, and how it goes in writing.
+    """Whether perplexity rises from no case to the next, as far as the text can tell, and how it goes in writing.
 
     cases: metric → value, from `Perplexity.measurements`, all on the same text.
     Each step is a paired comparison: of the differences of the blocks' losses, the mean is set against its standard error.
@@ -481,16 +481,16 @@ def plot_change(table: pd.DataFrame, model: str) -> Figure:
     """
     table = _scored_by_absmax(table)
     shown = table[table["backend"] != "torch"]
-    column, title, fmt = "change_percent", f"change of perplexity, {model} (%)", "%+.2f%%"
+    column, title, fmt = "change_percent", "change of perplexity (%)", "%+.2f%%"
     if column not in table or shown.empty:
-        shown, column, title, fmt = table, "perplexity", f"perplexity, {model}", "%.2f"
+        shown, column, title, fmt = table, "perplexity", "perplexity", "%.2f"
     shown = shown.iloc[::-1]
     figure, axis = plt.subplots(figsize=(figures.HALF_PAGE[0], 0.7 + 0.27 * len(shown)))
     labels = [f"{TITLES.get(m, m)} · {b}" for m, b in zip(shown["method"], shown["backend"], strict=True)]
     bars = axis.barh(labels, shown[column], color=[figures.method_colour(m) for m in shown["method"]])
     axis.bar_label(bars, fmt=fmt, padding=3, fontsize=8)
     largest = max(shown[column].max(), 0.01)
-    axis.set(xlabel=title, xlim=(min(0, shown[column].min()), 1.25 * largest))
+    axis.set(xlabel=title, xlim=(min(0, shown[column].min()), 1.35 * largest), title=model)
     axis.grid(False, axis="y")
     return figure
 
@@ -537,7 +537,9 @@ def claims(table: pd.DataFrame, *, outliers: float) -> list[tuple[str, bool, str
     ordered = [method for method in ORDER if method in best.index]
     if len(ordered) > 1:
         holds, detail = order_of([best.loc[method].dropna().to_dict() for method in ordered])
-        found.append((f"perplexity falls in the order {' > '.join(ordered)}", holds, detail))
+        found.append(
+            (f"perplexity rises nowhere in the order {' > '.join(ordered)}, as far as the text can tell", holds, detail)
+        )
     for method, group in table.groupby("method", sort=False):
         if len(group) > 1:
             apart = 100 * (group["perplexity"].max() / group["perplexity"].min() - 1)

@@ -81,6 +81,20 @@ def claims(table: pd.DataFrame, card: str = "") -> list[tuple[str, bool | None, 
     return [right, *_gpu_claims(measured, card)] if card else [right, _speed_claim(measured)]
 
 
+def recorded_claims(recorded: Mapping[tuple[str, int], pd.DataFrame]) -> pd.DataFrame:
+    """What records of GPUs bear out of the claims, in writing: {GPU, activations, verdict, claim, numbers}.
+
+    recorded: (card, activation bits) → its table.
+    """
+    verdicts = {True: "holds", False: "does not hold", None: "not told"}
+    rows = [
+        (card, f"{bits} bits", verdicts[holds], claim.removesuffix(f" on {card}"), numbers)
+        for (card, bits), table in recorded.items()
+        for claim, holds, numbers in claims(table, card)
+    ]
+    return pd.DataFrame(rows, columns=["GPU", "activations", "verdict", "claim", "numbers"])
+
+
 def is_hopper(card: str) -> bool:
     """Whether speed is claimed of a card of this name."""
     return any(name in card for name in HOPPER)

@@ -148,29 +148,28 @@ def title(method: str, on_gpu: bool = True) -> str:
     return known.get(method, plain)
 
 
-_COLOURS = {
-    "cpu": figures.MAIN,
-    "imma": figures.MAIN,
-    "wgmma": figures.SEQUENCE[3],
-    "bmma": figures.SEQUENCE[4],
-    "reference": figures.SEQUENCE[4],
-    "simulate": figures.SEQUENCE[5],
-    "torch-fp32": figures.INK,
-    "torch-fp16": figures.NEUTRAL,
-    "torch-bf16": figures.SEQUENCE[2],
-    "torch-int8": figures.ACCENT,
-    "cublas-int8": figures.ACCENT,
-    "cublaslt-fp8": figures.SEQUENCE[5],
-    "torchao-int8wo": figures.INK,
+_STYLES = {  # colour and marker, the same in every figure
+    "cpu": (figures.MAIN, "o"),
+    "imma": (figures.MAIN, "o"),
+    "wgmma": (figures.SEQUENCE[3], "s"),
+    "bmma": (figures.SEQUENCE[4], "D"),
+    "reference": (figures.SEQUENCE[4], "X"),
+    "simulate": (figures.SEQUENCE[5], "v"),
+    "torch-fp32": (figures.INK, "o"),
+    "torch-fp16": (figures.NEUTRAL, "P"),
+    "torch-bf16": (figures.SEQUENCE[2], "v"),
+    "torch-int8": (figures.ACCENT, "s"),
+    "cublas-int8": (figures.ACCENT, "D"),
+    "cublaslt-fp8": (figures.SEQUENCE[5], "^"),
+    "torchao-int8wo": (figures.INK, "X"),
 }
-_MARKERS = "osD^vPX*"
+_SHAPE_MARKERS = "osD^"
 _GPU_LIMIT = "limit: bandwidth, cuBLAS INT8"
 _RATIO_TICKS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 8)
 
 
-def _line_style(method: str, index: int) -> dict[str, str]:
-    """Colour and marker of a method, the `index`th of its figure."""
-    return {"color": _COLOURS.get(method, figures.SEQUENCE[3]), "marker": _MARKERS[index % len(_MARKERS)]}
+def _line_style(method: str) -> dict[str, str]:
+    return dict(zip(("color", "marker"), _STYLES.get(method, (figures.SEQUENCE[3], "*")), strict=True))
 
 
 def _shapes(table: pd.DataFrame) -> list[tuple[int, int]]:
@@ -241,9 +240,9 @@ def plot_rates(table: pd.DataFrame) -> Figure:
     )
     for (rates, shares), (outputs, features) in zip(axes.T, shapes, strict=True):
         mine = table[(table["outputs"] == outputs) & (table["features"] == features)]
-        for index, (method, rows) in enumerate(mine.dropna(subset=["gemm_us"]).groupby("method", sort=False)):
+        for method, rows in mine.dropna(subset=["gemm_us"]).groupby("method", sort=False):
             rows = rows.sort_values("tokens")
-            style = _line_style(method, index) | {"markersize": 3, "lw": 1.2}
+            style = _line_style(method) | {"markersize": 3, "lw": 1.2}
             rates.plot(rows["tokens"], rows["gops"] / 1e3, label=title(method), **style)
             shares.plot(rows["tokens"], 100 * rows["limit_us"] / rows["gemm_us"], **style)
         rates.set(yscale="log", title=f"{outputs}\n× {features}")
@@ -274,7 +273,7 @@ def plot_crossovers(table: pd.DataFrame) -> Figure:
                 axis.plot(mine["tokens"], mine["speedup"], color=figures.NEUTRAL, lw=0.6, zorder=1)
                 continue
             index = told.index(shape)
-            style = {"color": figures.SEQUENCE[index], "marker": _MARKERS[index], "markersize": 3, "lw": 1.2}
+            style = {"color": figures.SEQUENCE[index], "marker": _SHAPE_MARKERS[index], "markersize": 3, "lw": 1.2}
             axis.plot(mine["tokens"], mine["speedup"], label=f"{shape[0]} × {shape[1]}", **style)
             crossed = _crossings(mine["tokens"], mine["speedup"])
             axis.plot(crossed, [1] * len(crossed), "o", mfc="none", color=figures.INK, ms=7, zorder=3)
@@ -303,9 +302,10 @@ def _crossings(tokens: pd.Series, ratios: pd.Series) -> list[float]:
 def _plot_shape(axis: Axes, mine: pd.DataFrame, time: str) -> None:
     on_gpu = time == "gemm_us"
     low, high = ("gemm_p10_us", "gemm_p90_us") if on_gpu else ("p10_us", "p90_us")
-    for index, (method, rows) in enumerate(mine.dropna(subset=[time]).groupby("method", sort=False)):
+    mine = mine.sort_values("tokens", kind="stable")  # records are in the order in which they were measured
+    for method, rows in mine.dropna(subset=[time]).groupby("method", sort=False):
         spread = (rows[time] - rows[low], rows[high] - rows[time])
-        style = _line_style(method, index)
+        style = _line_style(method)
         axis.errorbar(
             rows["tokens"], rows[time], yerr=spread, label=title(method, on_gpu), markersize=3.5, lw=1.2, **style
         )
@@ -319,13 +319,15 @@ def _plot_shape(axis: Axes, mine: pd.DataFrame, time: str) -> None:
 
 
 def plot_speedups(table: pd.DataFrame, baseline: str = "") -> Figure:
-    """Speed-up over a baseline by shape, a colour a number of tokens, beside the paper's over INT8 cuBLAS on its GPU.
+    """Speed-up over a baseline by shape, a colour a number of tokens; over INT8 beside the paper's over INT8 cuBLAS on its GPU.
 
     Of more than three numbers of tokens those are shown that the paper has.
     """
     found = speedups(table, baseline)
     shapes = _shapes(table)
-    published = paper.kernel_speedups().query("kernel == 'flexq'")
+    on_gpu, over = time_column(table) == "gemm_us", found["baseline"].iloc[0] if len(found) else ""
+    as_paper = not on_gpu or over == "cublas-int8"  # on a processor the only figure there is
+    published = paper.kernel_speedups().query("kernel == 'flexq'") if as_paper else pd.DataFrame(columns=["tokens"])
     tokens = sorted(table["tokens"].unique())
     if len(tokens) > 3:
         tokens = [count for count in tokens if count in DECODE_TOKENS] or tokens[:3]
@@ -350,9 +352,8 @@ def plot_speedups(table: pd.DataFrame, baseline: str = "") -> Figure:
                 axis.plot(*zip(*places, strict=True), marker, label=f"{count} token{plural}, {whose}", **style)
     axis.axvline(1, color=figures.INK, linewidth=1)
     _name_shapes(axis, shapes)
-    on_gpu = time_column(table) == "gemm_us"
-    over = title(found["baseline"].iloc[0], on_gpu) if len(found) else "a baseline (none measured)"
-    axis.set(xlabel=f"speed-up over {over}\n(the paper's: over INT8 cuBLAS)", xscale="log")
+    label = f"speed-up over {title(over, on_gpu) if over else 'a baseline (none measured)'}"
+    axis.set(xlabel=label + ("\n(the paper's: over INT8 cuBLAS)" if as_paper else ""), xscale="log")
     ticks = [tick for tick in _RATIO_TICKS if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
     axis.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
     axis.minorticks_off()
@@ -376,10 +377,10 @@ def plot_bandwidth(table: pd.DataFrame, tokens: int = 1) -> Figure:
     height = 1.5 + min(0.3, 4.4 / len(shapes)) * len(shapes)
     figure, axis = plt.subplots(figsize=(figures.HALF_PAGE[0], height), layout="constrained")
     methods = table.loc[table["tokens"] == tokens].dropna(subset=["gemm_us"]).groupby("method", sort=False)
-    for index, (method, rows) in enumerate(methods):
+    for method, rows in methods:
         places = [shapes.index((row.outputs, row.features)) for row in rows.itertuples()]
-        style = {"color": _COLOURS.get(method, figures.SEQUENCE[3]), "markersize": 4.5, "label": title(method)}
-        axis.plot(100 * rows["bandwidth_share"], places, _MARKERS[index % len(_MARKERS)], **style)
+        style = _line_style(method) | {"lw": 0, "markersize": 4.5, "label": title(method)}
+        axis.plot(100 * rows["bandwidth_share"], places, **style)
     axis.axvline(100, color=figures.INK, linewidth=1)
     _name_shapes(axis, shapes)
     axis.set(xlabel=f"bandwidth reached, {tokens} token{'s' if tokens > 1 else ''} (% of copying)")
@@ -403,10 +404,12 @@ def gpu_figures(table: pd.DataFrame, where: str) -> Iterator[tuple[Figure, str, 
     )
     yield plot_crossovers(table), "crossovers", told
     for rival in RIVALS:
-        told = (
-            f"Speed-up of FlexQ's product over {title(rival)}'s, {where} (filled), and of the paper's kernel over INT8 cuBLAS "
-            "on its own GPU (hollow; read off the paper's figure, 8-bit activations in down-projections)"
-        )
+        told = f"Speed-up of FlexQ's product over {title(rival)}'s, {where}"
+        if rival == "cublas-int8":
+            told += (
+                " (filled), and of the paper's kernel over INT8 cuBLAS on its own GPU (hollow; read off the paper's figure, "
+                "8-bit activations in down-projections)"
+            )
         yield plot_speedups(table, rival), f"speedups-{rival}", told
     told = f"Share of the measured bandwidth of copying that one token's product reaches, each method by its own bytes, {where}"
     yield plot_bandwidth(table), "bandwidth", told

@@ -225,15 +225,15 @@ def test_an_order_is_false_only_where_the_text_can_tell(after, holds, sign):
 @pytest.mark.parametrize(
     ("rows", "label", "points"),
     [
-        ([("flexq", "cpu", 24.2, 6.125)], "perplexity, m", 1),  # nothing to compare with
-        ([("fp32", "torch", 24.0, 32.0)], "perplexity, m", 1),
-        ([("rtn-w6a6", "simulate", 24.8, None)], "perplexity, m", 0),  # nothing is stored in fewer bits
+        ([("flexq", "cpu", 24.2, 6.125)], "perplexity", 1),  # nothing to compare with
+        ([("fp32", "torch", 24.0, 32.0)], "perplexity", 1),
+        ([("rtn-w6a6", "simulate", 24.8, None)], "perplexity", 0),  # nothing is stored in fewer bits
     ],
 )
 def test_figures_of_one_method_alone(rows, label, points):
     table = pd.DataFrame(rows, columns=["method", "backend", "perplexity", "bits_per_weight"]).dropna(axis=1)
     axis = plot_change(table, "m").axes[0]
-    assert axis.get_xlabel() == label and axis.patches[0].get_width() == rows[0][2]
+    assert axis.get_title() == "m" and axis.get_xlabel() == label and axis.patches[0].get_width() == rows[0][2]
     assert len(plot_size(table, "m").axes[0].lines) == points
 
 

@@ -690,6 +690,21 @@ def test_labels_of_many_numbers_of_tokens_do_not_overlap(plot):
     assert labels[0].get_text() == "1" and len(labels) >= 3
 
 
+def test_lines_go_from_few_tokens_to_many_in_whatever_order_they_were_measured():
+    table = gpu_times(tokens=(1, 8, 64, 256), shapes=[(64, 128)], **H200)
+    shuffled = table.sample(frac=1, random_state=0)
+    for line in kernels_compared.plot_times(shuffled).axes[0].lines:
+        assert list(line.get_xdata()) == sorted(line.get_xdata())
+
+
+def test_a_method_looks_the_same_whatever_is_beside_it():
+    table = gpu_times(shapes=[(64, 128)], **H200)
+    alone = table[table["method"] == "torch-fp16"]
+    (line,) = [line for line in kernels_compared.plot_rates(alone).axes[0].lines if len(line.get_xdata())]
+    beside = [line for line in kernels_compared.plot_rates(table).axes[0].lines if line.get_label() == "cuBLAS FP16"]
+    assert [(line.get_color(), line.get_marker())] == [(found.get_color(), found.get_marker()) for found in beside]
+
+
 def test_few_numbers_of_tokens_are_all_labelled():
     axis = kernels_compared.plot_times(gpu_times(tokens=(1, 8, 64), shapes=[(64, 128)], **H200)).axes[0]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "8", "64"]
@@ -732,9 +747,11 @@ def test_a_gpus_figures_fit_half_a_page_and_show_the_papers_marks():
     for figure, _, caption in made:
         assert figure.get_size_inches()[0] <= 4.6 and "here" in caption
         assert figure.axes[0].get_yticklabels()[0].get_text() == "12288 × 4096"
-    labels = [text.get_text() for text in made[0][0].legends[0].get_texts()]
-    assert "8 tokens, measured" in labels and "8 tokens, the paper's GPU" in labels
-    assert "16 tokens, measured" not in labels
+    for rival, (figure, _, caption) in zip(kernels_compared.RIVALS, made, strict=False):
+        labels = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert "8 tokens, measured" in labels and "16 tokens, measured" not in labels
+        as_paper = rival == "cublas-int8"  # what the paper's marks are over
+        assert as_paper == ("8 tokens, the paper's GPU" in labels) == ("hollow" in caption)
     assert "bandwidth reached, 1 token (% of copying)" in made[3][0].axes[0].get_xlabel()
 
 

@@ -12,6 +12,9 @@ from flexq_core.studies.report.evidence import divergence_by_kind, divergences_t
 from flexq_core.workbook.report import accuracy_table
 
 ORDER = ("rtn-w6a6", "w6a6", "flexq", "w6a8")
+SAME_PERPLEXITY, SAME_TIME = 1e-3, 0.05
+"""Shares by which two perplexities, two times or sizes may differ and not be told apart: rounding anew moves a perplexity by some
+0.05%, and times vary from run to run."""
 
 
 def directions(records: pd.DataFrame) -> pd.DataFrame:
@@ -35,8 +38,12 @@ def _accuracy_directions(records: pd.DataFrame) -> Iterable[tuple[str, str, str,
         for methods in (ORDER, ("smoothquant-w6a6", "flexq")):
             if set(methods) <= set(perplexity.index):
                 values = [perplexity[method] for method in methods]
-                same = all(a > b for a, b in itertools.pairwise(values))
-                yield f"perplexity: {' > '.join(methods)}", model, _yes(same), " > ".join(f"{v:.3f}" for v in values)
+                ratios = [a / b for a, b in itertools.pairwise(values)]
+                signs = [_told(ratio, SAME_PERPLEXITY) for ratio in ratios]
+                told = f"{values[0]:.3f}" + "".join(
+                    f" {sign} {v:.3f}" for sign, v in zip(signs, values[1:], strict=True)
+                )
+                yield f"perplexity: {' > '.join(methods)}", model, _direction(signs), told
 
 
 def _sensitivity_directions(records: pd.DataFrame) -> Iterable[tuple[str, str, str, str]]:
@@ -56,9 +63,21 @@ def _speed_directions(records: pd.DataFrame) -> Iterable[tuple[str, str, str, st
         table = ratios(records, study, metric, rival)
         stands_in = ~table["on_gpu"].astype(bool) | table["model"].isin(list(DEMO_MODELS))
         for (model, device), mine in table[stands_in].groupby(["model", "device"]):
-            ahead = int((mine["ratio"] > 1).sum())
-            told = f"in {ahead} of {len(mine)} cases; {mine['ratio'].min():.2f}× to {mine['ratio'].max():.2f}×"
-            yield what, ", ".join(filter(None, (model, device))), _yes(ahead == len(mine)), told
+            signs = [_told(ratio, SAME_TIME) for ratio in mine["ratio"]]
+            told = (
+                f"in {signs.count('>')} of {len(mine)} cases; {mine['ratio'].min():.2f}× to {mine['ratio'].max():.2f}×"
+            )
+            yield what, ", ".join(filter(None, (model, device))), _direction(signs), told
+
+
+def _told(ratio: float, same: float) -> str:
+    """Of two numbers with this ratio the sign between them: ≈ where they differ by no more than this share."""
+    return "≈" if abs(ratio - 1) <= same else ">" if ratio > 1 else "<"
+
+
+def _direction(signs: list[str]) -> str:
+    """`yes` where each is >, `no` where one is <, else `not told apart`."""
+    return "no" if "<" in signs else "yes" if set(signs) == {">"} else "not told apart"
 
 
 def _yes(holds: bool) -> str:

@@ -35,3 +35,21 @@ def test_their_directions_are_told_apart():
         "the kernel is faster than INT8": "yes",
     }
     assert found.loc["the kernel is faster than INT8", "here"] == "in 1 of 1 cases; 1.20× to 1.20×"
+
+
+@pytest.mark.parametrize(
+    ("w6a6", "direction", "told"),
+    [(8.5, "yes", "9.000 > 8.500 > 8.300 > 8.100"), (8.301, "not told apart", "9.000 > 8.301 ≈ 8.300 > 8.100")],
+)
+def test_what_noise_can_do_is_no_direction(score, w6a6, direction, told):
+    score("demo-llama", "w6a6", w6a6)
+    found = directions(read_records()).set_index("the paper's direction")
+    found = found.loc["perplexity: rtn-w6a6 > w6a6 > flexq > w6a8"]
+    assert found.to_dict() == {"on": "demo-llama", "same direction": direction, "here": told}
+
+
+@pytest.mark.parametrize(("int8", "direction"), [(5.1, "not told apart"), (4.0, "no")])
+def test_a_time_that_is_as_long_is_no_direction(record, int8, direction):
+    record("03_kernels", "64x128", "torch-int8", {"median_us": int8}, outputs=64, features=128, tokens=1)
+    found = directions(read_records()).set_index("the paper's direction")
+    assert found.loc["the kernel is faster than INT8", "same direction"] == direction
