@@ -16,6 +16,14 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import flexq_core
+from flexq_core.studies.report.claims import (
+    NOT_MEASURED,
+    NOT_REPRODUCED,
+    REPRODUCED,
+    Tolerance,
+    judge,
+    paper_claims,
+)
 from flexq_core.workbook import paths
 from flexq_core.workbook.execute import DEMO
 from flexq_core.workbook.records import load_reference
@@ -269,3 +277,9 @@ def test_the_readmes_results_are_those_of_the_reference_records():
         assert not between.strip(), "results without records"
     else:
         assert readme_with_results(README, records) == README, "run make readme"
+        counts = judge(paper_claims(), records.sort_values("time", kind="stable"), Tolerance())[
+            "verdict"
+        ].value_counts()
+        told = f"Of the paper's {counts.sum()} claims {counts[REPRODUCED]} are reproduced by the records kept here, "
+        told += f"{counts[NOT_REPRODUCED]} are not and {counts[NOT_MEASURED]} are not measured here"
+        assert told in " ".join(README.split())

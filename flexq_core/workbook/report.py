@@ -153,9 +153,16 @@ def readme_with_results(readme: str, records: pd.DataFrame) -> str:
     table = readable(table).to_markdown(index=False, disable_numparse=True)
     machine = ", ".join(sorted(records.loc[records["study"] == "02_accuracy", "device"].unique()))
     text = f"{table}\n\nMeasured on: {machine}.\n"
-    for told, figures in gpu_tables.sections(records):
-        text += f"\n{told}\n\n{figures.to_markdown(index=False, disable_numparse=True)}\n"
+    for told, figures in gpu_tables.sections(_of_newest_gpu(records)):
+        card = figures.pop("GPU").iloc[0]
+        text += f"\n**{card}.** {told}\n\n{figures.to_markdown(index=False, disable_numparse=True)}\n"
     return f"{before}{README_MARKS[0]}\n{text}{README_MARKS[1]}{after}"
+
+
+def _of_newest_gpu(records: pd.DataFrame) -> pd.DataFrame:
+    """Those of the GPU that was measured last: of another the source is older."""
+    of_gpus = records[records["driver"].notna()]
+    return of_gpus[of_gpus["device"] == of_gpus.sort_values("time")["device"].iloc[-1]] if len(of_gpus) else of_gpus
 
 
 def _paper_rows(records: pd.DataFrame, kind: str) -> list[dict[str, str]]:

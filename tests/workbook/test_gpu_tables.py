@@ -5,6 +5,7 @@ import pytest
 
 from flexq_core.workbook import gpu_tables
 from flexq_core.workbook.records import Measurement, Records, load_records
+from flexq_core.workbook.report import README_MARKS, readme_with_results
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 US = {"imma": 12.0, "wgmma": 11.0, "bmma": 1.0, "torch-fp16": 33.0, "cublaslt-fp8": 20.0}
@@ -54,10 +55,11 @@ def test_every_card_has_its_rows_with_few_tokens_and_with_many(record, tables):
     decode, prefill = tables().values()
     assert decode["GPU"].tolist() == prefill["GPU"].tolist() == [H100, H200]
     assert decode["tokens"].tolist() == [1, 1] and prefill["tokens"].tolist() == [4096, 4096]
-    assert decode["over cuBLAS FP16"].tolist() == ["3.00×"] * 2 and decode["over cuBLAS INT8"].tolist() == ["–"] * 2
-    assert (
-        prefill["over cuBLAS FP16"].tolist() == ["1.50×"] * 2 and prefill["over cuBLASLt FP8"].tolist() == ["1.82×"] * 2
-    )
+    # Products of 11 and 22 us against 33 and 66, layers of a microsecond more; of the H200 half as long but for that.
+    assert decode["over cuBLAS FP16"].tolist() == ["3.00× (2.81×)", "3.00× (2.64×)"]
+    assert decode["over cuBLAS INT8"].tolist() == ["–"] * 2
+    assert prefill["over cuBLAS FP16"].tolist() == ["1.50× (1.50×)"] * 2
+    assert prefill["over cuBLASLt FP8"].tolist() == ["1.82× (1.82×)", "1.82× (1.81×)"]
     assert "TOP/s" not in decode and set(decode["shapes"]) == {2}
     # 2 * 4096 * 4096² operations in 1100 µs, and four times as many in 2200
     assert prefill["TOP/s"].tolist() == ["125 to 250", "250 to 500"]
@@ -127,6 +129,26 @@ def test_what_is_run_otherwise_is_another_row_and_nothing_is_compared_with_it(re
         ["pretrained", "imma", "3.00", "–"],
         ["pretrained", "bmma", "2.00", "–"],
     ]
+
+
+def test_each_method_is_shown_in_its_fastest_mode(record, tables):
+    for method, ms in {"fp16": (10.0, 9.0), "flexq": (4.0, 4.5)}.items():
+        for mode, tpot in zip(("default", "best"), ms, strict=True):
+            time_model(record, H100, method, tpot, compile_mode=mode)
+    (table,) = tables().values()
+    assert table[["compile_mode", "method", "TPOT (ms)", "over FP16"]].values.tolist() == [
+        ["best", "fp16", "9.00", "1.00×"],
+        ["default", "flexq", "4.00", "2.25×"],
+    ]
+
+
+def test_the_readme_shows_the_card_that_was_measured_last(record, tmp_path):
+    record("02_accuracy", None, "demo", "fp32", {"perplexity": 8.0}, backend="torch", dataset="pydoc")
+    for hour, card in enumerate((H200, H100)):
+        time_model(record, card, "flexq", 5.0 + hour, hour=hour)
+    loaded = pd.concat([load_records(folder) for folder in tmp_path.iterdir()], ignore_index=True)
+    shown = readme_with_results("".join(README_MARKS), loaded)
+    assert f"**{H100}.** Whole models" in shown and H200 not in shown and "| 6.00 " in shown
 
 
 def test_a_rows_metrics_are_those_of_one_run(record, tables):
