@@ -35,6 +35,7 @@ from flexq_core.studies.report.own_numbers import (
 from flexq_core.studies.report.plots import (
     end_to_end_note,
     kernels_note,
+    perplexity_note,
     plot_end_to_end,
     plot_kernels,
     plot_perplexity,
@@ -50,6 +51,7 @@ __all__ = [
     "end_to_end_note",
     "findings_table",
     "kernels_note",
+    "perplexity_note",
     "plot_end_to_end",
     "plot_kernels",
     "plot_perplexity",

@@ -211,14 +211,24 @@ def end_to_end_ratios(records: pd.DataFrame, quantity: str, rival: str) -> Ratio
     quantity. Memory is the weights and the KV cache after it, which is what the paper's bars grow by; both are counted from
     tensors.
     """
+    card, table = _end_to_end(records, quantity, rival)
+    return Ratios(card, {(row.model, int(row.metric.split("/")[-1])): row.ratio for row in table.itertuples()})
+
+
+def end_to_end_rivals(records: pd.DataFrame, quantity: str, rival: str) -> dict[str, str]:
+    """Over which of the rival's methods `end_to_end_ratios` are: model → method."""
+    return dict(_end_to_end(records, quantity, rival)[1][["model", "rival"]].itertuples(index=False, name=None))
+
+
+def _end_to_end(records: pd.DataFrame, quantity: str, rival: str) -> tuple[str, pd.DataFrame]:
+    """The GPU and its rows of `ratios`, of whole outputs of one sequence."""
     if quantity == "memory":
         records = _memory(records)
     table = ratios(records, "04_e2e", QUANTITIES[quantity][0], rival)
     alike = table["parameters"].map(
         lambda p: p.get("batch_size", p.get("batch", 1)) == 1 and p.get("prompt_tokens", RATIOS_PROMPT) == RATIOS_PROMPT
     )
-    card, table = _of_one_card(table[alike.astype(bool) & table["metric"].astype(str).str.fullmatch(r".*/\d+")])
-    return Ratios(card, {(row.model, int(row.metric.split("/")[-1])): row.ratio for row in table.itertuples()})
+    return _of_one_card(table[alike.astype(bool) & table["metric"].astype(str).str.fullmatch(r".*/\d+")])
 
 
 def paper_end_to_end_ratios() -> pd.DataFrame:

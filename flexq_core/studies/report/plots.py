@@ -13,6 +13,7 @@ from flexq_core.studies.report.evidence import (
     QUANTITIES,
     Ratios,
     end_to_end_ratios,
+    end_to_end_rivals,
     kernel_ratios,
     measured_perplexities,
     paper_end_to_end_ratios,
@@ -112,14 +113,26 @@ def plot_end_to_end(records: pd.DataFrame) -> Figure:
     return figure
 
 
+def perplexity_note(records: pd.DataFrame) -> str:
+    """What the stars of `plot_perplexity` are, for its caption."""
+    ours = measured_perplexities(records).query("method == 'flexq'")
+    return (
+        "stars: measured here" if ours["dataset"].isin(list(DATASETS)).any() else "none of these models was scored here"
+    )
+
+
 def kernels_note(records: pd.DataFrame) -> str:
     """What the stars of `plot_kernels` are, for its caption."""
     return _stars(kernel_ratios(records, "INT8"))
 
 
 def end_to_end_note(records: pd.DataFrame) -> str:
-    """What the stars of `plot_end_to_end` are, for its caption."""
-    return _stars(*(end_to_end_ratios(records, quantity, "W8A8") for quantity in QUANTITIES))
+    """What the stars of `plot_end_to_end` are, and over which W8A8 (the fastest on record), for its caption."""
+    shown = [end_to_end_ratios(records, quantity, "W8A8") for quantity in QUANTITIES]
+    rivals = end_to_end_rivals(records, "latency", "W8A8")
+    names = {model: "SmoothQuant" if "smooth" in rival else "dynamic W8A8" for model, rival in rivals.items()}
+    told = ", ".join(f"{name} ({model})" for model, name in names.items())
+    return _stars(*shown) + (f", over {told}" if told else "")
 
 
 def _stars(*shown: Ratios) -> str:

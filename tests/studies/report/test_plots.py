@@ -41,7 +41,8 @@ def test_figures_of_gpus_name_the_card(folder, record, time_kernels):
     assert end_to_end_note(read_records()) == nothing
     for method, seconds in (("flexq", 1.0), ("w8a8", 1.4)):
         record("04_e2e", "llama-7b", method, {"total_s/128": seconds}, {**GPU, "device": "NVIDIA H200 141GB HBM3e"})
-    assert end_to_end_note(read_records()) == "stars: this workbook's on NVIDIA H200 141GB HBM3e"
+    told = "stars: this workbook's on NVIDIA H200 141GB HBM3e, over dynamic W8A8 (llama-7b)"
+    assert end_to_end_note(read_records()) == told
     figure = plot_end_to_end(read_records())
     figure.canvas.draw()
     legend = figure.legends[0].get_window_extent()
