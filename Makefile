@@ -16,7 +16,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 doctor:  ## say what this machine has, what will run on it, and how to get the rest; installs nothing
-	@$(or $(wildcard $(BIN)/python),$(PYTHON),python3) -m flexq_core doctor --data-dir "$(DATA_DIR)"
+	@$(or $(wildcard $(BIN)/python),$(PYTHON),python3) -m flexq_core doctor --data-dir "$(DATA_DIR)" || true
 
 demo: env  ## run the notebooks on the demo models and build outputs/report.html
 	@$(BIN)/python -m flexq_core.workbook demo </dev/null

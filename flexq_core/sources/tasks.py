@@ -7,6 +7,7 @@ network: which of four continuations follows?
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 import tempfile
@@ -113,6 +114,7 @@ def evaluate_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # before its model is made, of which it says what is meant so
     with tempfile.TemporaryDirectory(prefix="flexq-tasks-") as folder:
         for name in names:
             if name == CONTINUATION:

@@ -20,7 +20,7 @@ from flexq_core.workbook.records import (
     write_atomically,
     write_jsonl,
 )
-from flexq_core.workbook.report import accuracy_table, build_report, readable, readme_with_results
+from flexq_core.workbook.report import accuracy_table, build_report, claims_told, readable, readme_with_results
 from flexq_core.workbook.run import ParameterError
 
 
@@ -81,7 +81,8 @@ def _finish(well: bool) -> int:
     if not well:
         print("\nnot all notebooks did well: FAILED stands above where one did not, and why", file=sys.stderr)
         return 1
-    print("\n" + readable(accuracy_table(load_records())).to_string(index=False))
+    records = load_records()
+    print("\n" + readable(accuracy_table(records)).to_string(index=False) + "\n\n" + claims_told(records))
     return 0
 
 

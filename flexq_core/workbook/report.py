@@ -183,6 +183,16 @@ def _last_runs(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["time"] == rows.groupby(case)["time"].transform("max")]
 
 
+def claims_told(records: pd.DataFrame) -> str:
+    """How many claims of the last runs hold, fail and were skipped, in one line; empty where there are none."""
+    studies = [_last_runs(mine) for _, mine in records.groupby("study")]
+    claims = pd.concat(studies) if studies else records
+    claims = claims[claims["metric"].str.startswith("claim/")]
+    verdicts = [_verdict(claim) for claim in claims.itertuples()]
+    counts = {name: verdicts.count(name) for name in ("holds", "fails", "skipped")}
+    return "claims: {holds} hold, {fails} fail, {skipped} skipped".format(**counts) if verdicts else ""
+
+
 def _runs(claims: pd.DataFrame) -> list[str]:
     """Which run made each claim: its model, and the parameters in which runs of that model differ."""
     parameters = [p.get("run", p) for p in claims["parameters"]]
@@ -270,7 +280,7 @@ The demo models' text is the Python documentation, not WikiText-2: these numbers
 {% endfor %}</table>{% endif %}
 {% for line in study.skipped %}<p class="skipped">skipped: {{ line }}</p>{% endfor %}
 {% for figure in study.figures %}<figure><img alt="{{ figure.caption }}" src="{{ figure.svg }}">
-<figcaption>{{ figure.model }}: {{ figure.caption }}</figcaption></figure>
+<figcaption>{{ figure.model ~ ": " if figure.model != "all" }}{{ figure.caption }}</figcaption></figure>
 {% endfor %}
 {% for how, names in study.notebooks.items() if names %}<p class="small">{{ how }}:
 {% for name in names %}<a href="notebooks/{{ name }}">{{ name }}</a>{{ ", " if not loop.last }}{% endfor %}

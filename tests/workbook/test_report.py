@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from flexq_core.workbook import Measurement, Skipped, load_records, paths, report
 from flexq_core.workbook.__main__ import main
 from flexq_core.workbook.records import RecordError, Records
-from flexq_core.workbook.report import README_MARKS, accuracy_table, build_report, readme_with_results
+from flexq_core.workbook.report import README_MARKS, accuracy_table, build_report, claims_told, readme_with_results
 
 START, END = README_MARKS
 PROVENANCE = {
@@ -64,6 +64,14 @@ def claim(folder, *claims, study="00_quickstart", model="demo", **parameters):
         seed=0,
         measured={f"claim/{text}": Measurement(holds, "1", *detail) for text, holds, *detail in claims},
     )
+
+
+def test_the_last_line_counts_the_claims_of_the_last_runs(tmp_path):
+    assert claims_told(load_records(tmp_path)) == ""
+    claim(tmp_path, ("a", 1.0), ("b", 0.0))
+    claim(tmp_path, ("a", 1.0), ("b", 1.0), ("c", None))
+    claim(tmp_path, ("d", 0.0), study="01_sensitivity")
+    assert claims_told(load_records(tmp_path)) == "claims: 2 hold, 1 fail, 1 skipped"
 
 
 def page_of(folder) -> Page:

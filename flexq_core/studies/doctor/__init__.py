@@ -40,8 +40,10 @@ class Diagnosis:
         return json.dumps({"runs": self.runs, **asdict(self)}, indent=2, ensure_ascii=False)
 
     def to_text(self, width: int = 120) -> str:
+        known = [(name, told) for name, told in self.machine.items() if told != probes.UNKNOWN]
+        unknown = [name for name, told in self.machine.items() if told == probes.UNKNOWN]
         sections = {
-            "This machine": list(self.machine.items()),
+            "This machine": known + [("the rest", f"{', '.join(unknown)}: {probes.UNKNOWN}")] * bool(unknown),
             "Backends": [
                 (each.name, f"{'runs' if each.runs else 'does not run'}{f': {each.why}' if each.why else ''}")
                 for each in self.backends
@@ -57,7 +59,7 @@ class Diagnosis:
         for title, rows in sections.items():
             if rows:
                 lines += [title, *(_row(name, told, label, width) for name, told in rows), ""]
-        verdict = "The workbook runs here." if self.runs else "The workbook cannot run here:"
+        verdict = "The workbook runs here." if self.runs else "The workbook cannot run here yet:"
         return "\n".join([*lines, verdict, *(f"  {problem}" for problem in self.problems)])
 
 

@@ -57,7 +57,8 @@ def problems() -> list[str]:
         return found
     missing = probes.missing_packages()
     if missing:
-        found.append(f"packages are missing ({', '.join(missing)}): {_install()}")
+        by_itself = "" if _in_conda() else "; every other target of make does it by itself, such as make demo"
+        found.append(f"packages are missing ({', '.join(missing)}): {_install()}{by_itself}")
         return found
     try:
         importlib.import_module("torch")

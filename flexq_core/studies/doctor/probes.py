@@ -69,11 +69,14 @@ def short(path: str | Path) -> str:
     return str(path)
 
 
+UNKNOWN = "known once the packages are installed"
+
+
 def _told(probe: Callable[[], str]) -> str:
     try:
         return probe()
     except ModuleNotFoundError:
-        return "known once the packages are installed"
+        return UNKNOWN
     except Exception as error:
         return f"cannot be found out ({said(error)})"
 
