@@ -460,7 +460,7 @@ def plot_prediction(layers: pd.DataFrame, correlations: Mapping[str, float]) -> 
         axis.set(xscale="log", yscale="log", xlabel=title, title=f"rank correlation {correlations[column]:.3f}")
         axis.xaxis.set_minor_formatter(NullFormatter())  # of less than a decade each tick would be labelled
         low, high = axis.get_xlim()
-        if math.log10(high / low) < 1.5:
+        if math.log10(high / low) < 2.5:
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
     limits = panels[0].get_xlim()
