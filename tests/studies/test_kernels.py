@@ -408,7 +408,7 @@ def test_what_a_gpu_keeps_is_the_table_again_anywhere(gpu_run, monkeypatch):
     )
     assert note.startswith("operands quantised before") and note.endswith(" rows")
     told = kernel_table(records)
-    assert told["over cuBLAS INT8"].tolist() == ["1.00×"] * 3 and told["tokens"].tolist() == [1, 5, 33]
+    assert told["over cuBLAS INT8"].tolist() == ["1.00× (1.00×)"] * 3 and told["tokens"].tolist() == [1, 5, 33]
 
 
 def test_a_wrong_product_of_a_gpu_is_not_timed(gpu_run, monkeypatch):
