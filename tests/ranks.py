@@ -1,5 +1,6 @@
 """Two processes that share a model over gloo, for scripts that tests run in a process of their own."""
 
+import gc
 import os
 import socket
 import traceback
@@ -25,6 +26,7 @@ def in_two_processes(rank: Callable[[int], None]) -> int:
         if child == 0:
             try:
                 rank(number)
+                gc.collect()  # temporary folders go with what has them: nothing else is done before _exit
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
