@@ -258,10 +258,16 @@ The demo models' text is the Python documentation, not WikiText-2: these numbers
 <p>{% for status, group in paper.verdict | groupby("status") %}
 {{ group | length }} {{ status }}{{ ", " if not loop.last }}{% endfor %}.
 <span class="small">Demo models bear out no claim of the paper.</span></p>
-<table class="claims"><tr><th></th><th>where</th><th>claim</th><th>measured, or what it needs</th></tr>
-{% for row in paper.verdict %}<tr><td class="{{ row.mark }}">{{ row.status }}</td><td>{{ row.where }}</td><td>{{ row.text }}</td>
+{% macro verdicts(rows, told) %}
+<table class="claims"><tr><th></th><th>where</th><th>claim</th><th>{{ told }}</th></tr>
+{% for row in rows %}<tr><td class="{{ row.mark }}">{{ row.status }}</td><td>{{ row.where }}</td><td>{{ row.text }}</td>
 <td>{{ row.detail }}</td></tr>
 {% endfor %}</table>
+{% endmacro %}
+{{ verdicts(paper.verdict | rejectattr("mark", "equalto", "skipped"), "measured") }}
+<details><summary>Not measured here, and what each needs</summary>
+{{ verdicts(paper.verdict | selectattr("mark", "equalto", "skipped"), "what it needs") }}
+</details>
 <h2>The paper's claims against its own numbers</h2>
 <table class="claims"><tr><th></th><th>where</th><th>claim</th><th>what its numbers say</th></tr>
 {% for row in paper.finding %}<tr><td class="{{ row.mark }}">{{ "agree" if row.mark == "holds" else "differ" }}</td>
