@@ -7,6 +7,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from flexq_core.quant.plan import RULES
 from flexq_core.runtime.quantize_files import FILE_SCALES, Written, quantize_files
 from flexq_core.sources.models import ModelError, model_folder
@@ -16,6 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Quantise a model's files; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
+        _require_place(options.out)
         written = quantize_files(
             model_folder(options.model),
             options.out,
@@ -24,16 +27,30 @@ def main(arguments: list[str] | None = None) -> int:
             name=Path(options.model).name if Path(options.model).is_dir() else options.model,
             progress=True,
         )
-    except (ModelError, OSError, ValueError) as error:  # a CheckpointError and a PlanError are ValueErrors
+    except (
+        ModelError,
+        OSError,
+        ValueError,
+        SafetensorError,
+    ) as error:  # a CheckpointError and a PlanError are ValueErrors
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            f"\ninterrupted: the same command goes on where this one stopped ({options.out}.partial)", file=sys.stderr
+        partial = Path(f"{options.out}.partial")
+        kept = (
+            f"goes on where this one stopped ({partial})" if partial.is_dir() else "begins anew: no file was finished"
         )
+        print(f"\ninterrupted: the same command {kept}", file=sys.stderr)
         return 130
     _describe(written)
     return 0
+
+
+def _require_place(out: Path) -> None:
+    """Raise ValueError for a place that a finished folder cannot be moved to, before anything is computed."""
+    if out.is_symlink() or out.resolve().is_mount():  # of "." the parent is itself
+        kind = "link" if out.is_symlink() else "mount point"
+        raise ValueError(f"{out} is a {kind}, whose place no folder can take; accepted: a folder within it")
 
 
 def _parser() -> argparse.ArgumentParser:
