@@ -13,6 +13,9 @@ from flexq_core.quant.plan import RULES
 from flexq_core.runtime.quantize_files import FILE_SCALES, Written, quantize_files
 from flexq_core.sources.models import ModelError, model_folder
 
+_REFUSALS = (ModelError, OSError, ValueError, SafetensorError)
+"""What ends in one line of cause and next step; a CheckpointError and a PlanError are ValueErrors."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Quantise a model's files; returns the exit status."""
@@ -27,20 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
             name=Path(options.model).name if Path(options.model).is_dir() else options.model,
             progress=True,
         )
-    except (
-        ModelError,
-        OSError,
-        ValueError,
-        SafetensorError,
-    ) as error:  # a CheckpointError and a PlanError are ValueErrors
+    except _REFUSALS as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         partial = Path(f"{options.out}.partial")
-        kept = (
-            f"goes on where this one stopped ({partial})" if partial.is_dir() else "begins anew: no file was finished"
-        )
-        print(f"\ninterrupted: the same command {kept}", file=sys.stderr)
+        goes_on = f"goes on where this one stopped ({partial})"
+        told = goes_on if partial.is_dir() else "begins anew: no file was finished"
+        print(f"\ninterrupted: the same command {told}", file=sys.stderr)
         return 130
     _describe(written)
     return 0
