@@ -50,9 +50,12 @@ def _half_bytes(bits: int) -> int:
 
 
 def _byte_fields(chunks: Tensor) -> Tensor:
-    """Codes [..., 4096] uint8 as fields of 6 bits in two's complement: upper four and lower two lie apart."""
-    upper, upper_shift, lower, lower_shift = (table.to(chunks.device) for table in _byte_places())
-    return (chunks[..., upper] >> upper_shift & 15) << 2 | (chunks[..., lower] >> lower_shift & 3)
+    """Codes [..., 4096] uint8 as fields of 6 bits in two's complement: the upper bits of a byte, or two bits of each of three."""
+    words, places = (table.to(chunks.device) for table in _byte_places())
+    first, middle, last = (chunks[..., word] for word in words)
+    fields = torch.where(places == 0, first, torch.where(places == 1, middle, last)) >> 2
+    spread = (first & 3) << 4 | (middle & 3) << 2 | last & 3
+    return torch.where(places == 3, spread, fields)
 
 
 def _plane_fields(chunks: Tensor, bits: int) -> Tensor:
@@ -81,12 +84,12 @@ def _byte_of(row: Tensor, q: Tensor, word: Tensor, byte: Tensor, bits: int) -> T
 
 
 @cache
-def _byte_places() -> tuple[Tensor, ...]:
+def _byte_places() -> tuple[Tensor, Tensor]:
+    """Of every code the bytes of the three words of its k-step, [3, 4096], and which of four registers it comes to, [4096]."""
     row, k = _rows_and_ks()
     i, q, byte = 4 * (k // 64) + k % 16 // 4, k % 64 // 16, k % 4
-    register = 4 * (i // 2) + 2 * (i % 2) + row // 8 % 2
-    upper, lower = _byte_of(row, q, register // 2, byte, 6), _byte_of(row, q, 8 + register // 4, byte, 6)
-    return upper, (4 * (1 - register % 2)).to(torch.uint8), lower, (2 * (register % 4)).to(torch.uint8)
+    words = [_byte_of(row, q, 3 * (i // 2) + third, byte, 6) for third in range(3)]
+    return torch.stack(words), 2 * (i % 2) + row // 8 % 2
 
 
 @cache

@@ -81,9 +81,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("silu_mul_quantize", [](Matrix gate, Matrix up, int type, Quantized to, Address stream) {
     silu_mul_quantize(rows(gate), rows(up), Float(type), records(to), pointer<CUstream_st>(stream));
   });
-  module.def("wgmma_tiling", [](int tokens, int outputs, int groups, int y_type, int token_tiles) {
+  module.def("wgmma_tiling", [](int tokens, int outputs, int groups, int token_tiles) {
     Linear linear{};
-    linear.tokens = tokens, linear.outputs = outputs, linear.groups = groups, linear.y_type = Float(y_type);
+    linear.tokens = tokens, linear.outputs = outputs, linear.groups = groups;
     const Tiling tiling = w6ax_wgmma_tiling(linear, token_tiles);
     return std::make_tuple(tiling.rows, tiling.tokens, tiling.split, tiling.whole, tiling.halves);
   });

@@ -41,9 +41,14 @@ constexpr int kTokenTile = 8;
 enum class Float : int { f32 = 0, f16 = 1, bf16 = 2 };
 
 // Which order of bits the kernel wants.
-//   bytes (w6ax_imma): two's complement. Register r = 4 s + j of a half (k-step s, register j of the instruction) holds four codes
-//     of row g + 8 (j & 1), k = 64 (i / 4) + 16 q + 4 (i % 4) .. for i = 2 s + j / 2. Their upper four bits are nibbles of word
-//     r / 2 (even r: the upper ones), the lower two are field r % 4 of word 8 + r / 4.
+//   bytes (w6ax_imma): two's complement. Register j of the instruction at k-step s of a half holds four codes of row g + 8 (j & 1),
+//     k = 64 (i / 4) + 16 q + 4 (i % 4) .. for i = 2 s + j / 2. They come from words 3 s to 3 s + 2, byte by byte:
+//
+//         bits    7 6 5 4 3 2   1 0
+//         word 0  register 0  | register 3's upper two bits
+//         word 1  register 1  | its middle two
+//         word 2  register 2  | its lower two
+//
 //   planes (w6ax_bmma): b bits in offset binary (q + 2^(b - 1)). Word 2 p + h holds bit p of row g + 8 h, k = 32 q .. 32 q + 31. With other
 //     than 6 bits a half has 2 b words a lane in b / 2 vectors of 16 bytes and, where b is odd, one of 8.
 //   swizzled (w6ax_wgmma): weights as for bytes; activations as the tensor cores read them from shared memory.

@@ -95,6 +95,13 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
 }
 
 #if __CUDA_ARCH__ >= 900
+// Which of a row of clusters this block is in; without clusters which block it is.
+__device__ __forceinline__ int cluster_of_block() {
+  int cluster;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(cluster));
+  return cluster;
+}
+
 // True in one lane of a whole warp, the same each time. The compiler knows that it is one: a copy that it asks for needs no loop over
 // lanes whose addresses might differ.
 __device__ __forceinline__ bool elect_lane() {

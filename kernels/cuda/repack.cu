@@ -26,14 +26,16 @@ __global__ void repack_kernel(const uint8_t* weight, const __half* scale, uint8_
   };
   uint32_t words[16] = {};
   if (order == Order::bytes) {
-    for (int r = 0; r < 16; ++r) {
-      const int i = r / 4 * 2 + r % 4 / 2;
-      for (int b = 0; b < 4; ++b) {
-        const uint32_t field = code(g + 8 * (r & 1), i / 4 * 64 + q * 16 + i % 4 * 4 + b);
-        words[r / 2] |= field >> 2 << (8 * b + (r % 2 ? 0 : 4));
-        words[8 + r / 4] |= (field & 3) << (8 * b + 2 * (r % 4));
-      }
-    }
+    for (int s = 0; s < 4; ++s)
+      for (int j = 0; j < 4; ++j)
+        for (int b = 0; b < 4; ++b) {
+          const int i = 2 * s + j / 2;
+          const uint32_t field = code(g + 8 * (j & 1), i / 4 * 64 + q * 16 + i % 4 * 4 + b);
+          if (j < 3)
+            words[3 * s + j] |= field << (8 * b + 2);
+          else
+            for (int third = 0; third < 3; ++third) words[3 * s + third] |= (field >> (4 - 2 * third) & 3) << 8 * b;
+        }
   } else {
     const uint32_t offset = 1u << (bits - 1);
 #pragma unroll

@@ -1,21 +1,22 @@
 // W6Ax for many tokens on Hopper: 6-bit weights become bytes in registers and meet the activations in shared memory (s8 wgmma).
 //
 // A block computes tiles of 128 or 192 outputs x kTokens tokens. One warp fetches and leaves; two or three warpgroups multiply, each 64
-// outputs. Weights go from shared memory to registers, where a code costs 0.8 instructions to expand, and from there straight into the
+// outputs. Weights go from shared memory to registers, where a code costs 0.6 instructions to expand, and from there straight into the
 // tensor cores: what is expanded is never stored. Then the sums are scaled and added in float32, three instructions a sum and group. With
 // 256 tokens the tensor cores multiply 64 of them while the warpgroup adds the 64 before; three warpgroups have no registers for that, and
 // multiply and add in turns. Two small blocks share a multiprocessor, so that one multiplies while the other waits; a large one takes one
 // tile after the other: while sums are stored, the next tile's stages fill.
 //
 // What bounds it is the ports of the registers. The tensor cores read and write all sums of a k-step through them, and while they do, an
-// instruction takes three cycles instead of 1.4. A group of a tile is 1024 cycles of tensor cores and 2 x 530 instructions a scheduler:
+// instruction takes three cycles instead of 1.4. A group of a tile is 1024 cycles of tensor cores and 2 x 514 instructions a scheduler:
 // 341 of these fit into those cycles, and the others take as long again. Without the conversions it would be 12% faster, but both ways
 // to spare them cost as much: sums that start at kMagicBits are read once more, and sums that start at a product of constants, so large
-// that none is negative and the bits are those of a denormal number, take a k-step more (in every second unit it gains 3%). With up to
-// 128 tokens and two warpgroups the tensor cores have the time: there sums start at kMagicBits, which gains 1 to 3% (three lose 5%).
+// that none is negative and the bits are those of a denormal number, take a k-step more, whose constants are large enough for 6-bit
+// activations alone. With up to 128 tokens and two warpgroups the tensor cores have the time: there sums start at kMagicBits, which gains
+// 1 to 3% (three lose 5%).
 //
-// Where a cluster of blocks is sooner done it shares the groups of a tile, or of half its tokens (see `Plan`), and each block adds up its
-// share of the tokens from its neighbours' shared memory, in their order: the result does not depend on timing.
+// Where a cluster of blocks is sooner done it shares the groups of a tile, or of half its tokens (see `Plan`), and each block adds up a
+// share of the sums, which the others send it, in the order of the blocks: the result does not depend on timing.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -59,23 +60,39 @@ struct Shape {
   static_assert(kRegisters <= 255, "as many as an instruction can name");
   static constexpr int kEarlyStages = kTokens == 16 ? 3 : 2;  // of weights, before activations are there: more would keep those waiting
   static constexpr int kTurnedTokens = kTokens == 256 ? 64 : kTokens > 16 ? 32 : 16;  // that are stored at once, as there is room
-  static constexpr int kRowFours = kRows / 4, kSumStride = kRows + 4;  // floats; 8 q + g are 32 different banks
-  static constexpr int kTurnedBytes = kManyTiles ? kTurnedTokens * 16 * 2 : 0;  // of a warp: two bytes for each of its 16 outputs
-  static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + kWarps * kTurnedBytes + 1024;
-  static_assert(kRows % 64 == 0 && kConsumers % kRowFours == 0, "whole warpgroups, of which a thread adds up the same four outputs");
-  static_assert(kTokens * kSumStride * 4 <= kStages * kStageBytes, "the sums fit where the stages were");
+  static constexpr int kTurnedBytes = kTurnedTokens * 16 * 2;  // of a warp: two bytes for each of its 16 outputs
+  static constexpr int kTurnedAtOnce = kManyTiles ? kWarps * kTurnedBytes : 0;  // a block of one tile has its stages' room for them
+  static constexpr int kPieceBytes = 16 * 16 * 4;  // of sums that a cluster's blocks send each other, 16 outputs x 16 tokens
+  static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + kTurnedAtOnce + 1024;
+  static_assert(kRows % 64 == 0, "whole warpgroups");
+  // Blocks add up as many pieces each, the last fewer; of two bytes a warp turns half a piece.
+  static_assert((kTokens / 16 * kWarps + kMostSplit + kWarps / 2) * kPieceBytes <= kStages * kStageBytes, "pieces fit where stages were");
+  static_assert(kWarps * kTurnedBytes <= kStages * kStageBytes, "and so does what is turned");
   static_assert(kEarlyStages < kStages, "the first stages are filled in their first turn");
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ / 100 == 9
 
-// Stores a warp's sums of 16 outputs from `first_output` on x kCount tokens in two bytes each. Its registers hold pairs of tokens, memory
-// wants neighbouring outputs: 8 x 8 sums at a time are turned on their way through `turned` (kCount x 16 numbers), where the two vectors
-// of a token change places every four tokens, so that eight of either are in 32 different banks.
+__device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+// Stores a warp's sums of 16 outputs from `first_output` on x kCount tokens. Its registers hold pairs of tokens, memory wants neighbouring
+// outputs. Of two-byte numbers 8 x 8 at a time are turned on their way through `turned` (kCount x 16 of them), where the two vectors of a
+// token change places every four tokens, so that eight of either are in 32 different banks. Of float32 eight outputs are a sector as they are.
 template <int kCount>
 __device__ __forceinline__ void store_turned(const Linear& p, const float* sums, uint8_t* turned, int first_output, int first_token,
                                              const Finish (&finish)[2]) {
   const int lane = threadIdx.x % 32;
+  if (p.y_type == Float::f32) {
+#pragma unroll
+    for (int e = 0; e < kCount / 2; ++e) {
+      const int token = first_token + e / 4 * 8 + lane % 4 * 2 + e % 2, output = first_output + lane / 4 + e % 4 / 2 * 8;
+      if (token < p.tokens && output < p.outputs)
+        static_cast<float*>(p.y)[int64_t(token) * p.outputs + output] = finish[e % 4 / 2](sums[e] * kExpandedUnit);
+    }
+    return;
+  }
   const auto vector_at = [&](int token, int half) { return turned + token * 32 + (half ^ (token / 4 & 1)) * 16; };
   __syncwarp();
 #pragma unroll
@@ -105,140 +122,107 @@ __device__ __forceinline__ void store_turned(const Linear& p, const float* sums,
   }
 }
 
-__device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
-  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
-
-__device__ __forceinline__ float4 operator*(const float4& a, float b) { return make_float4(a.x * b, a.y * b, a.z * b, a.w * b); }
-
-// The exponents of four neighbouring outputs, the first at a multiple of four, a byte each: to be looked at later.
-__device__ __forceinline__ uint32_t load_four_exponents(const Linear& p, int n) {
-  if (p.outputs % 4 == 0 && reinterpret_cast<uintptr_t>(p.exponent) % 4 == 0)
-    return n < p.outputs ? *reinterpret_cast<const uint32_t*>(p.exponent + n) : 0;
-  uint32_t four = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (n + i < p.outputs) four |= uint32_t(uint8_t(p.exponent[n + i])) << 8 * i;
-  return four;
-}
-
-// The last step of four neighbouring outputs.
-struct FinishFour {
-  Finish of[4];
-
-  __device__ __forceinline__ FinishFour(const Linear& p, int n, uint32_t exponents) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) of[i] = Finish(p, n + i, int8_t(exponents >> 8 * i));
-  }
-
-  __device__ __forceinline__ void store(const Linear& p, int token, int n, const float4& sum) const {
-    if (token >= p.tokens || n >= p.outputs) return;
-    const float4 x = sum * kExpandedUnit;
-    const float y[4] = {of[0](x.x), of[1](x.y), of[2](x.z), of[3](x.w)};
-    const int64_t at = int64_t(token) * p.outputs + n;
-    if (p.outputs % 4 == 0) return store_four_floats(p.y, at, p.y_type, y);
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (n + i < p.outputs) store_float(p.y, at + i, p.y_type, y[i]);
-  }
-};
-
-// Adds up, in their order, a tile's sums of a cluster's kSplit blocks, and stores them: of a few tokens in every kSplit times as many.
-// `sums` is [token][output] in each block's shared memory; neighbouring threads store neighbouring outputs, four each.
-template <class Parts, int kTokens, int kSplit>
-__device__ __forceinline__ void add_up_and_store(const Linear& p, float* sums, int first_output, int first_token, int rank,
-                                                 const FinishFour& finish) {
-  constexpr int kTogether = Parts::kConsumers / Parts::kRowFours, kStride = kTogether * kSplit;  // tokens
-  constexpr int kMine = (kTokens + kStride - 1) / kStride;
-  // A neighbour's memory is far: many parts are asked for before the first is needed. What is unrolled is run once, so that each line of
-  // it is fetched from far as well: not too many.
-  constexpr int kMostParts = 20, kMostAtOnce = 8;
-  constexpr int kParts = (kMine * kSplit + kMostParts - 1) / kMostParts, kStores = (kMine + kMostAtOnce - 1) / kMostAtOnce;
-  constexpr int kBatches = kParts > kStores ? kParts : kStores, kAtOnce = (kMine + kBatches - 1) / kBatches;
-  const auto cluster = cooperative_groups::this_cluster();
-  const int row = threadIdx.x % Parts::kRowFours * 4, first = threadIdx.x / Parts::kRowFours + rank * kTogether;
-#pragma unroll 1
-  for (int batch = 0; batch < kBatches; ++batch) {
-    const int start = first + batch * kAtOnce * kStride;
-    float4 parts[kAtOnce][kSplit];
-#pragma unroll
-    for (int r = 0; r < kSplit; ++r) {
-      const float* from = (r == rank ? sums : cluster.map_shared_rank(sums, r)) + row;
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int token = start + i * kStride;
-        parts[i][r] = token < kTokens ? *reinterpret_cast<const float4*>(from + token * Parts::kSumStride) : float4{};
-      }
-    }
-    if (kSplit > 1 && batch == kBatches - 1) cluster.barrier_arrive();  // it has read all
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int token = start + i * kStride;
-      float4 sum = parts[i][0];
-#pragma unroll
-      for (int r = 1; r < kSplit; ++r) sum = sum + parts[i][r];
-      if (token < kTokens) finish.store(p, first_token + token, first_output + row, sum);
-    }
-  }
-  if (kSplit > 1) cluster.barrier_wait();  // nobody leaves while a neighbour reads from it
-}
-
-// Stores what all threads hold of a tile or of half its tokens, a block's own or its part in a cluster's: it goes through `shared`, where
-// the stages were.
+// Stores a block's sums of kTokens tokens, which it has alone.
 template <class Parts, int kTokens, int kUnit>
-__device__ __forceinline__ void store_through_stages(const Linear& p, const float (*sums)[kUnit / 2],
-                                                     uint8_t* shared, int first_output, int first_token, int split, int rank) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first_of_four = first_output + threadIdx.x % Parts::kRowFours * 4;
-  const uint32_t exponents = load_four_exponents(p, first_of_four);  // before the others are waited for
-  threads_meet<Parts::kConsumers>();
-  auto* buffer = reinterpret_cast<float*>(shared);
+__device__ __forceinline__ void store_all(const Linear& p, const float (*sums)[kUnit / 2], uint8_t* turned, int first_output,
+                                          int first_token, const Finish (&finish)[2]) {
+  constexpr int kAtOnce = Parts::kTurnedTokens;
 #pragma unroll
-  for (int unit = 0; unit < kTokens / kUnit; ++unit)
+  for (int first = 0; first < kTokens; first += kAtOnce)
+    store_turned<kAtOnce>(p, sums[first / kUnit] + first % kUnit / 2, turned, first_output, first_token + first, finish);
+}
+
+// Adds up the sums of a cluster's blocks, and stores them. A piece is a warp's sums of 16 tokens, eight a lane; each block sends each other
+// the pieces that are its to add up, into its shared memory, where the stages were, and adds what has come in the order of the blocks.
+//
+//   [block that sent][piece of mine][vector of four sums, 0 or 1][lane], then for each warp what it turns
+//
+// Nobody waits for single ones, as those would who fetch what they add up: that took a microsecond more.
+template <class Parts, int kTokens, int kUnit>
+__device__ __forceinline__ void add_up_and_store(const Linear& p, const float (*sums)[kUnit / 2], uint8_t* shared, int first_output,
+                                                 int first_token, int split, int rank) {
+  constexpr int kPieces = kTokens / 16 * Parts::kWarps;
+  const auto cluster = cooperative_groups::this_cluster();
+  cluster.barrier_arrive();  // this thread has left its stages
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, each = (kPieces + split - 1) / split;
+  const int output = first_output + warp * 16;
+  const Finish finish[2] = {{p, output + lane / 4}, {p, output + lane / 4 + 8}};
+  auto* const pieces = reinterpret_cast<float4*>(shared) + lane;
+  int owner = 0, of_owner = warp;
+  cluster.barrier_wait();
 #pragma unroll
-    for (int e = 0; e < kUnit / 2; ++e) {
-      const int token = unit * kUnit + e / 4 * 8 + lane % 4 * 2 + e % 2, row = warp * 16 + lane / 4 + e % 4 / 2 * 8;
-      buffer[token * Parts::kSumStride + row] = sums[unit][e];
-    }
-  if (split == 1)
-    threads_meet<Parts::kConsumers>();
-  else
-    cooperative_groups::this_cluster().sync();  // threads that have left do not count
-  const FinishFour finish(p, first_of_four, exponents);
-  switch (split) {
-    case 1: return add_up_and_store<Parts, kTokens, 1>(p, buffer, first_output, first_token, rank, finish);
-    case 2: return add_up_and_store<Parts, kTokens, 2>(p, buffer, first_output, first_token, rank, finish);
-    case 3: return add_up_and_store<Parts, kTokens, 3>(p, buffer, first_output, first_token, rank, finish);
-    case 4: return add_up_and_store<Parts, kTokens, 4>(p, buffer, first_output, first_token, rank, finish);
-    case 5: return add_up_and_store<Parts, kTokens, 5>(p, buffer, first_output, first_token, rank, finish);
-    default: return add_up_and_store<Parts, kTokens, kMostSplit>(p, buffer, first_output, first_token, rank, finish);
+  for (int block = 0; block < kTokens / 16; ++block) {
+    while (of_owner >= each) of_owner -= each, ++owner;
+    const float* sum = sums[block * 16 / kUnit] + block * 16 % kUnit / 2;
+    float4* to = cluster.map_shared_rank(pieces, owner) + (rank * each + of_owner) * 64;
+    to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+    to[32] = make_float4(sum[4], sum[5], sum[6], sum[7]);
+    of_owner += Parts::kWarps;
+  }
+  cluster.barrier_arrive();
+  const int first = rank * each, last = min(first + each, kPieces);
+  uint8_t* const turned = shared + (split * each + warp / 2) * Parts::kPieceBytes + warp % 2 * (Parts::kPieceBytes / 2);
+  cluster.barrier_wait();
+  // Pieces of this warp's outputs.
+#pragma unroll 1
+  for (int piece = first + (Parts::kWarps + warp - first % Parts::kWarps) % Parts::kWarps; piece < last; piece += Parts::kWarps) {
+    float4 parts[kMostSplit][2];
+#pragma unroll
+    for (int r = 0; r < kMostSplit; ++r)
+      if (r < split) {
+        const float4* from = pieces + (r * each + piece - first) * 64;
+        parts[r][0] = from[0], parts[r][1] = from[32];
+      }
+#pragma unroll
+    for (int r = 1; r < kMostSplit; ++r)
+      if (r < split) parts[0][0] = parts[0][0] + parts[r][0], parts[0][1] = parts[0][1] + parts[r][1];
+    store_turned<16>(p, reinterpret_cast<const float*>(parts), turned, output, first_token + piece / Parts::kWarps * 16, finish);
   }
 }
 
 #endif
 
 // How the blocks of a grid share the tiles of a call: each takes `whole` ones, one after the other, and then clusters of `split` blocks
-// take what is left, a tile each, or with `halves` half a tile each: half its tokens.
+// take what is left, a tile each, or with `halves` half a tile each: half its tokens. The host divides once for all: before a block's first
+// copy two divisions and two more were half a microsecond.
 struct Work {
   int token_tiles, tiles, split, whole;
   bool halves;
+  int groups_each, groups_over;  // of a block of a cluster; the first so many have one more
+  uint64_t reciprocal;           // of token_tiles, times 2^40, more by less than one: right for fewer than 2^40 / token_tiles tiles
+
+  Work(const Linear& p, const Tiling& tiling, int token_tiles, int tiles)
+      : token_tiles(token_tiles),
+        tiles(tiles),
+        split(tiling.split),
+        whole(tiling.whole),
+        halves(tiling.halves),
+        groups_each(p.groups / tiling.split),
+        groups_over(p.groups % tiling.split),
+        reciprocal((uint64_t(1) << 40) / token_tiles + 1) {}
 };
+
+#if __CUDA_ARCH__ / 100 == 9
 
 // What a block does in its turn: a tile alone, or its share of what its cluster has together, if anything is left for it: `tile` may be
 // past the last. Of a tile by halves `half` is 0 or 1, of a whole one 0.
 struct Turn {
   int tile, half, rank, first_group, groups;
+  int output_tile, token_tile;
 
   __device__ __forceinline__ Turn(const Linear& p, const Work& work, int turn) {
-    const bool alone = turn < work.whole;
-    const int parts = alone ? 1 : work.split, mine = blockIdx.x / parts;
-    const bool by_halves = work.halves && !alone;
-    rank = alone ? 0 : blockIdx.x % parts;
+    const bool alone = turn < work.whole, by_halves = work.halves && !alone;
+    const int mine = alone ? blockIdx.x : cluster_of_block();
+    rank = alone ? 0 : cooperative_groups::this_cluster().block_rank();
     tile = turn * gridDim.x + (by_halves ? mine / 2 : mine);
     half = by_halves ? mine % 2 : 0;
-    first_group = p.groups * rank / parts, groups = p.groups * (rank + 1) / parts - first_group;
+    first_group = rank * work.groups_each + min(rank, work.groups_over);
+    groups = alone ? p.groups : work.groups_each + (rank < work.groups_over);
+    output_tile = tile * work.reciprocal >> 40, token_tile = tile - output_tile * work.token_tiles;
   }
 };
+
+#endif
 
 template <int kRows, int kTokens, int kUnit, int kStages>
 __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThreads, Shape<kRows, kTokens, kUnit, kStages>::kBlocksAtOnce)
@@ -254,8 +238,8 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
   constexpr int kEarlyScales = kTokens == 256 ? 2 : kTokens == 128 ? kUnit / 16 : 0;
   extern __shared__ uint8_t unaligned[];
   uint8_t* shared = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
-  uint8_t* turned = shared + kStages * Parts::kStageBytes;
-  auto* full = reinterpret_cast<uint64_t*>(turned + Parts::kWarps * Parts::kTurnedBytes);
+  uint8_t* turned = shared + (Parts::kManyTiles ? kStages * Parts::kStageBytes : 0);
+  auto* full = reinterpret_cast<uint64_t*>(shared + kStages * Parts::kStageBytes + Parts::kTurnedAtOnce);
   uint64_t* empty = full + kStages;
   allow_next_kernel();
 
@@ -272,47 +256,50 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
 
   if (warp >= Parts::kWarps) {
     if constexpr (Parts::kRegisters > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFetchRegisters));
-    if (warp > Parts::kWarps) return;
+    if (warp > Parts::kWarps || !elect_lane()) return;  // one lane fetches: for copies of several the compiler writes loops over lanes
     const uint64_t policy = work.token_tiles == 1 ? evict_first() : evict_last();
+    const int64_t next_chunk = int64_t(p.groups) * kChunkBytes;
     int stage = 0, parity = 0;
     for (int turn = 0; turn <= work.whole; ++turn) {
       const Turn now(p, work, turn);
-      const int tile = now.tile, first_group = now.first_group, groups = now.groups;
-      if (tile >= work.tiles) break;
-      // Lane c fetches chunk c of the tile's outputs; past the last outputs the last chunk is read again, and nothing of it is stored.
-      const int chunk = min(tile / work.token_tiles * Parts::kChunks + lane, (p.outputs - 1) / kChunkRows);
-      const uint8_t* weights = p.weight + (int64_t(chunk) * p.groups + first_group) * kChunkBytes;
+      const int first_group = now.first_group, groups = now.groups;
+      if (now.tile >= work.tiles) break;
+      // Past the last outputs the last chunk is read again, and nothing of it is stored.
+      const int first_chunk = now.output_tile * Parts::kChunks, last_chunk = (p.outputs - 1) / kChunkRows - first_chunk;
+      const uint8_t* weights = p.weight + first_chunk * next_chunk + first_group * kChunkBytes;
       // Of two records of tokens the second may be past the last: then the first is read again, for a half as well.
       const bool by_halves = Parts::kHalves && work.halves && turn == work.whole;
       const int records_at_once = by_halves ? 1 : Parts::kRecords;
-      const int first_record = tile % work.token_tiles * Parts::kRecords;
+      const int first_record = now.token_tile * Parts::kRecords;
       const bool both = (first_record + 1) * Parts::kRecordTokens < p.tokens;
       const int record = first_record + (both ? now.half : 0);
       const uint8_t* records = p.activations + (int64_t(record) * p.groups + first_group) * Parts::kRecordBytes;
       const uint8_t* second = records + (both ? int64_t(p.groups) * Parts::kRecordBytes : 0);
       const auto fetch_weights = [&](int s) {
-        if (lane == 0) barrier_expect(full + s, records_at_once * Parts::kRecordBytes + Parts::kChunks * kChunkBytes);
-        __syncwarp();
-        uint8_t* const to = shared + s * Parts::kStageBytes + Parts::kChunksAt + lane * kChunkBytes;
-        if (lane < Parts::kChunks) bulk_copy(to, weights, kChunkBytes, full + s, policy);
+        barrier_expect(full + s, records_at_once * Parts::kRecordBytes + Parts::kChunks * kChunkBytes);
+        uint8_t* const to = shared + s * Parts::kStageBytes + Parts::kChunksAt;
+#pragma unroll
+        for (int c = 0; c < Parts::kChunks; ++c)
+          bulk_copy(to + c * kChunkBytes, weights + min(c, last_chunk) * next_chunk, kChunkBytes, full + s, policy);
         weights += kChunkBytes;
       };
       const auto fetch_records = [&](int s) {
         uint8_t* const to = shared + s * Parts::kStageBytes;
-        if (lane == 0) {  // all by one lane: copies of several are 2% slower
-          bulk_copy(to, records, Parts::kRecordBytes, full + s);
-          if (Parts::kRecords == 2 && !by_halves) bulk_copy(to + Parts::kRecordStride, second, Parts::kRecordBytes, full + s);
-        }
+        bulk_copy(to, records, Parts::kRecordBytes, full + s);
+        if (Parts::kRecords == 2 && !by_halves) bulk_copy(to + Parts::kRecordStride, second, Parts::kRecordBytes, full + s);
         records += Parts::kRecordBytes, second += Parts::kRecordBytes;
       };
       int left = groups;
       if (turn == 0) {  // weights do not depend on the kernel before, activations do
         const int at_once = min(groups, Parts::kEarlyStages);
+#pragma unroll 1
         for (int s = 0; s < at_once; ++s) fetch_weights(s);
         wait_for_previous_kernel();
+#pragma unroll 1
         for (int s = 0; s < at_once; ++s) fetch_records(s);
         left -= at_once, stage = at_once;
       }
+#pragma unroll 1
       for (; left > 0; --left) {
         barrier_wait(empty + stage, parity ^ 1);  // of a stage never filled: at once
         fetch_weights(stage);
@@ -361,7 +348,7 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
         };
         uint64_t* const done = empty + stage;
 #pragma unroll
-        for (int s = 0; s < 4; ++s) expand(words, s, a[s]);
+        for (int s = 0; s < 4; ++s) expand(words, s, a[s]), keep_in_place(a[s]);
         multiply(0);
 #pragma unroll
         for (int unit = 0; unit < kCount; ++unit) {
@@ -401,32 +388,25 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
     for (int turn = 0; turn <= work.whole; ++turn) {
       const Turn now(p, work, turn);
       if (now.tile >= work.tiles) break;
-      const int first_output = now.tile / work.token_tiles * kRows, first_token = now.tile % work.token_tiles * kTokens;
+      const int first_output = now.output_tile * kRows, first_token = now.token_tile * kTokens;
       if constexpr (Parts::kHalves) {
         if (turn == work.whole && work.halves) {
           add_groups(std::integral_constant<int, kUnits / 2>(), now.groups);
           const int first_of_half = first_token + now.half * (kTokens / 2);
-          store_through_stages<Parts, kTokens / 2, kUnit>(p, sums, shared, first_output, first_of_half, work.split, now.rank);
+          add_up_and_store<Parts, kTokens / 2, kUnit>(p, sums, shared, first_output, first_of_half, work.split, now.rank);
           break;
         }
       }
       add_groups(std::integral_constant<int, kUnits>(), now.groups);
-      if constexpr (Parts::kManyTiles) {
-        if (turn < work.whole) {
-          const int output = first_output + warp * 16;
-          const Finish finish[2] = {{p, output + g}, {p, output + g + 8}};
-          constexpr int kAtOnce = Parts::kTurnedTokens;
-#pragma unroll
-          for (int unit = 0; unit < kUnits; ++unit)
-#pragma unroll
-            for (int first = 0; first < kUnit; first += kAtOnce)
-              store_turned<kAtOnce>(p, sums[unit] + first / 2, turned + warp * Parts::kTurnedBytes, output,
-                                    first_token + unit * kUnit + first, finish);
-          continue;
-        }
+      if (work.split > 1 && turn == work.whole) {
+        add_up_and_store<Parts, kTokens, kUnit>(p, sums, shared, first_output, first_token, work.split, now.rank);
+        break;
       }
-      store_through_stages<Parts, kTokens, kUnit>(p, sums, shared, first_output, first_token, work.split, now.rank);
-      break;
+      const int output = first_output + warp * 16;
+      const Finish finish[2] = {{p, output + g}, {p, output + g + 8}};
+      if constexpr (!Parts::kManyTiles) threads_meet<Parts::kConsumers>();  // they have left the stages
+      store_all<Parts, kTokens, kUnit>(p, sums, turned + warp * Parts::kTurnedBytes, output, first_token, finish);
+      if constexpr (!Parts::kManyTiles) break;
     }
   }
 #endif
@@ -446,9 +426,9 @@ struct Variant {
   static constexpr auto kKernel = w6ax_wgmma_kernel<kRows, kTokens, kUnit, kStages>;
   // As long as so many groups takes all else of a tile that a block takes alone or shares with its cluster. With kGroupTime, times of the
   // paper's layers in every cluster that can run follow within 3%, those of small blocks within 4 to 10%.
-  static constexpr float kAloneGroups = Parts::kManyTiles ? 4.4f : 6.5f;
-  static constexpr float kSharedGroups = kTokens == 256 ? 7.7f : Parts::kManyTiles ? 9.0f : 7.0f;
-  static constexpr float kHalfTime = 0.62f;  // of a shared tile's, by halves
+  static constexpr float kAloneGroups = Parts::kManyTiles ? 4.2f : 6.5f;
+  static constexpr float kSharedGroups = kTokens == 256 ? 7.7f : kRows == 192 ? 8.0f : Parts::kManyTiles ? 8.6f : 7.0f;
+  static constexpr float kHalfTime = 0.59f;  // of a shared tile's, by halves
 
   static int token_tiles(const Linear& p) { return (p.tokens + kTokens - 1) / kTokens; }
   static int tiles(const Linear& p) { return (p.outputs + kRows - 1) / kRows * token_tiles(p); }
@@ -459,8 +439,6 @@ struct Variant {
   }
 
   static Plan plan(const Linear& p) {
-    // Float32 outputs are stored through the stages, so that a block has no more than one tile of them.
-    const bool many_tiles = Parts::kManyTiles && p.y_type != Float::f32;
     const float alone = kGroupTime * (p.groups + kAloneGroups);
     Plan best{};
     const auto consider = [&](int split, int whole, bool halves, float time) {
@@ -472,15 +450,15 @@ struct Variant {
       if (at_once == 0) break;
       const int rounds = (count + at_once - 1) / at_once;
       if (split == 1) {
-        consider(1, many_tiles ? rounds : 0, false, rounds * alone);
+        consider(1, Parts::kManyTiles ? rounds : 0, false, rounds * alone);
         continue;
       }
       // Whole tiles while there is one for every block, and what is left shared, by halves if there are clusters for all; or every tile
       // shared, as many as run at once in a round.
       const float shared = kGroupTime * ((p.groups + split - 1) / split + kSharedGroups);
       const int whole = count / (at_once * split), left = count % (at_once * split);
-      if (many_tiles && whole > 0 && left <= at_once) consider(split, whole, false, whole * alone + (left > 0 ? shared : 0.0f));
-      if (Parts::kHalves && many_tiles && whole > 0 && left > 0 && 2 * left <= at_once)
+      if (Parts::kManyTiles && whole > 0 && left <= at_once) consider(split, whole, false, whole * alone + (left > 0 ? shared : 0.0f));
+      if (Parts::kHalves && Parts::kManyTiles && whole > 0 && left > 0 && 2 * left <= at_once)
         consider(split, whole, true, whole * alone + kHalfTime * shared);
       if (rounds == 1 || Parts::kManyTiles) consider(split, 0, false, rounds * shared);  // small clusters' second round finds few places
     }
@@ -489,7 +467,7 @@ struct Variant {
 
   static void run(const Linear& p, const Tiling& tiling, cudaStream_t stream) {
     const int blocks = std::min(tiling.whole > 0 ? clusters(tiling.split) : tiles(p), tiles(p)) * tiling.split;
-    const Work work{token_tiles(p), tiles(p), tiling.split, tiling.whole, tiling.halves};
+    const Work work(p, tiling, token_tiles(p), tiles(p));
     launch("w6ax_wgmma", kKernel, dim3(blocks), Parts::kThreads, Parts::kSharedBytes, tiling.split, stream, p, work);
   }
 };
@@ -509,11 +487,11 @@ Plan fastest(const Linear& p, int token_tiles) {
   if (device_attribute("w6ax_wgmma", cudaDevAttrComputeCapabilityMajor) != 9)
     throw std::invalid_argument("w6ax_wgmma needs a card of compute capability 9; this one has imma and bmma");
   switch (token_tiles) {  // with few tokens small blocks, two at once, or a large one, which takes many tiles
-    case 2: return fastest_of<Variant<128, 16, 16, 5, 570>, Variant<128, 16, 16, 14, 360>>(p);
+    case 2: return fastest_of<Variant<128, 16, 16, 5, 570>, Variant<128, 16, 16, 14, 345>>(p);
     case 4: return fastest_of<Variant<128, 32, 32, 5, 590>, Variant<128, 32, 32, 12, 380>>(p);
-    case 8: return fastest_of<Variant<128, 64, 64, 5, 690>, Variant<128, 64, 64, 10, 440>, Variant<192, 64, 64, 7, 610>>(p);
+    case 8: return fastest_of<Variant<128, 64, 64, 5, 710>, Variant<128, 64, 64, 10, 445>, Variant<192, 64, 64, 7, 580>>(p);
     case 16:  // larger tiles read less, smaller ones are sooner done where there are few
-      return fastest_of<Variant<128, 128, 128, 7, 660>, Variant<128, 256, 64, 4, 1090>, Variant<192, 128, 64, 6, 890>>(p);
+      return fastest_of<Variant<128, 128, 128, 7, 650>, Variant<128, 256, 64, 4, 1050>, Variant<192, 128, 64, 6, 850>>(p);
     default: throw std::invalid_argument("token_tiles is " + std::to_string(token_tiles) + "; accepted: 2, 4, 8, 16");
   }
 }

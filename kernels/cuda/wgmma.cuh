@@ -17,9 +17,9 @@ __device__ __forceinline__ uint64_t swizzled_operand(uint32_t address) {
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Accumulators pass through, so that the compiler neither reads them earlier nor writes them later.
-template <int kCount>
-__device__ __forceinline__ void keep_in_place(int32_t (&d)[kCount]) {
+// Operands pass through, so that the compiler neither reads them earlier nor writes them later.
+template <class T, int kCount>
+__device__ __forceinline__ void keep_in_place(T (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }

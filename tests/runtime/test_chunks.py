@@ -42,11 +42,14 @@ def _bytes(rows, q):
     words = [0] * 12
     for s in range(4):
         for j in range(4):
-            r, i = 4 * s + j, 2 * s + j // 2
+            i = 2 * s + j // 2
             for b in range(4):
                 code = int(rows[j & 1][64 * (i // 4) + 16 * q + 4 * (i % 4) + b])
-                words[r // 2] |= (code >> 2) << (8 * b + (0 if r % 2 else 4))
-                words[8 + r // 4] |= (code & 3) << (8 * b + 2 * (r % 4))
+                if j < 3:
+                    words[3 * s + j] |= code << 8 * b + 2
+                else:
+                    for third, two_bits in enumerate((code >> 4, code >> 2 & 3, code & 3)):
+                        words[3 * s + third] |= two_bits << 8 * b
     return words
 
 
