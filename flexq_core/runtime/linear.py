@@ -143,7 +143,11 @@ class FlexQLinear(nn.Module):
         return made
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] float32, float16 or bfloat16 → [..., out_features] in the same dtype."""
+        """[..., in_features] float32, float16 or bfloat16 → [..., out_features] in the same dtype.
+
+        Raises ValueError for another width, before anything is computed; else as `ops.w6ax_linear`.
+        """
+        self._require_width(x)
         if x.is_cuda:
             backend, chunks = self.prepare()
             if chunks is not None:
@@ -159,6 +163,17 @@ class FlexQLinear(nn.Module):
             self.group_size,
             self.backend,
         )
+
+    def _require_width(self, x: Tensor) -> None:
+        """Raise ValueError for an x of another width, which may have as many groups: kernels and ops know only those."""
+        if x.shape[-1:] == (self.in_features,):
+            return
+        groups = (self.chunks if self._holds_chunks_only() else self.weight_scale).shape[1]
+        width = min(self.in_features, groups * self.group_size)  # of a layer that processes share this one's part
+        if x.shape[-1:] != (width,):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; accepted: [..., {width}], as many features as the layer has"
+            )
 
     def reader(self) -> activations.Reader | None:
         """For whom to quantise activations ahead (runtime/activations.py); None where the backend quantises for itself."""
@@ -184,8 +199,9 @@ class FlexQLinear(nn.Module):
     def forward_norm(self, x: Tensor, norm: cuda.Norm, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The product with the norm of h = x + residual, and h, in one launch, of an x that `takes_norm`.
 
-        x, residual: [1, in_features].  Returns [1, out_features] and [1, in_features].
+        x, residual: [1, in_features].  Returns [1, out_features] and [1, in_features].  Raises ValueError for another width.
         """
+        self._require_width(x)
         operands = (self.chunks, self.weight_exponent, self.bias, self.precision.activation_bits)
         return activations.norm_linear(x, norm, *operands, residual)
 

@@ -81,6 +81,36 @@ def test_bad_weights_are_refused():
         FlexQLinear.from_linear(linear)
 
 
+@pytest.mark.parametrize("features", [129, 199, 201, 256, 300])
+def test_inputs_of_another_width_are_refused_though_they_have_as_many_groups(features):
+    layer = FlexQLinear.from_linear(nn.Linear(200, 8))
+    with pytest.raises(ValueError, match=rf"x has shape \(2, {features}\); accepted: \[..., 200\]"):
+        layer(torch.randn(2, features))
+    with pytest.raises(ValueError, match=r"x has shape \(\); accepted: \[..., 200\]"):
+        layer(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"accepted: \[..., 200\]"):
+        layer.forward_norm(torch.randn(1, features), cuda.Norm(torch.ones(features), None, 1e-5, False))
+
+
+def test_a_layer_that_processes_share_takes_its_parts_width(on_a_gpu):
+    whole = FlexQLinear.from_linear(nn.Linear(512, 64))
+    for name in ("weight", "weight_scale"):
+        parameter = getattr(whole, name)
+        setattr(whole, name, nn.Parameter(parameter[:, : parameter.shape[1] // 2].clone(), requires_grad=False))
+    for repacked in (False, True):
+        if repacked:
+            whole.prepare()
+        whole._require_width(torch.zeros(1, 256))
+        with pytest.raises(ValueError, match=r"x has shape \(1, 255\); accepted: \[..., 256\]"):
+            whole._require_width(torch.zeros(1, 255))
+
+
+def test_compiled_without_a_graph_break():
+    layer = FlexQLinear.from_linear(nn.Linear(200, 8), backend="reference")
+    x = torch.randn(3, 200)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)(x), layer(x))
+
+
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """`prepare` as on a GPU, with chunks that say nothing."""
