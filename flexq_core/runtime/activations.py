@@ -156,11 +156,13 @@ def _operator(fake: Callable) -> Callable[[Callable], Callable]:
 
     def define(function: Callable) -> Callable:
         name = function.__name__.removeprefix("_")
-        torch.library.custom_op(f"flexq::{name}", function, mutates_args=()).register_fake(fake)
+        declared = torch.library.custom_op(f"flexq::{name}", function, mutates_args=())
+        declared.register_fake(fake)
+        ops.for_inference(declared)
         operator = getattr(torch.ops.flexq, name)
 
         def run(first: Tensor, *operands):
-            return (function if ops.direct(first) else operator)(first, *operands)
+            return (function if ops.direct(first, *operands) else operator)(first, *operands)
 
         return run
 

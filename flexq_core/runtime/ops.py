@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -61,8 +61,8 @@ def w6ax_linear(
     return run(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size, backend)
 
 
-def direct(x: Tensor) -> bool:
-    """Whether nobody traces or differentiates, so that torch's dispatcher can be left out.
+def direct(x: Tensor, *operands: object) -> bool:
+    """Whether nobody traces or differentiates an op of these, so that torch's dispatcher can be left out.
 
     Going through it takes a tenth of a millisecond once weights have swept its code from the caches, as much as a fifth of
     a small layer.
@@ -70,7 +70,7 @@ def direct(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
-        and not (x.requires_grad and torch.is_grad_enabled())
+        and not (torch.is_grad_enabled() and any(getattr(each, "requires_grad", False) for each in (x, *operands)))
         and _get_current_dispatch_mode() is None
     )
 
@@ -96,7 +96,36 @@ def _w6ax_linear(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+def for_inference(operator: torch.library.CustomOpDef) -> None:
+    """Let an op be traced while gradients are on, as for `torch.compile`, and say of `backward` that it has none."""
+
+    def backward(ctx, *gradients):
+        gradient = next(each for each in gradients if each is not None and each.is_floating_point())
+        wanted = zip(ctx.needs_input_grad, ctx.shapes, strict=True)
+        return tuple(_no_gradient(gradient, shape) if needed else None for needed, shape in wanted)
+
+    def setup_context(ctx, inputs, output):
+        ctx.shapes = [each.shape if isinstance(each, Tensor) else None for each in inputs]
+
+    operator.register_autograd(backward, setup_context=setup_context)
+
+
+@torch.library.custom_op("flexq::no_gradient", mutates_args=())
+def _no_gradient(gradient: Tensor, shape: Sequence[int]) -> Tensor:
+    """An op, so that it raises when `backward` runs and not when it is traced."""
+    raise RuntimeError(
+        "quantised layers are for inference and have no gradients: call backward on the unquantised model, or run this one "
+        "under torch.no_grad() or torch.inference_mode()"
+    )
+
+
+@_no_gradient.register_fake
+def _(gradient, shape):
+    return gradient.new_empty(shape)
+
+
 _operator = torch.library.custom_op("flexq::w6ax_linear", _w6ax_linear, mutates_args=())
+for_inference(_operator)
 
 
 @_operator.register_fake
@@ -128,6 +157,7 @@ def _w6ax_linear_repacked(
 
 
 _repacked_operator = torch.library.custom_op("flexq::w6ax_linear_repacked", _w6ax_linear_repacked, mutates_args=())
+for_inference(_repacked_operator)
 
 
 @_repacked_operator.register_fake

@@ -107,6 +107,13 @@ def test_ops_are_declared_right_and_compile_without_a_graph_break():
     assert all(torch.equal(a, b) for a, b in zip(found, block(x, residual), strict=True))
 
 
+def test_no_gradient_is_lost_in_silence_where_codes_carry_none():
+    x, residual, weight = tensors((5, FEATURES), (5, FEATURES), (FEATURES,), dtype=torch.float32)
+    _, total = activations.rms_norm_quantize(x, weight, 1e-5, reader(), residual.requires_grad_())
+    with pytest.raises(RuntimeError, match="for inference and have no gradients"):
+        total.sum().backward()
+
+
 def test_what_does_not_fit_is_refused():
     layer = FlexQLinear.from_linear(nn.Linear(FEATURES, 30), backend="reference")
     x = torch.randn(5, FEATURES)

@@ -111,6 +111,17 @@ def test_compiled_without_a_graph_break():
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)(x), layer(x))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_with_gradients_on_it_runs_and_backward_says_that_there_are_none(compiled):
+    layers = nn.Sequential(nn.Linear(16, 200), FlexQLinear.from_linear(nn.Linear(200, 8), backend="reference"))
+    x = torch.randn(3, 16)
+    y = (torch.compile(layers, fullgraph=True, backend="aot_eager") if compiled else layers)(x)
+    with torch.no_grad():
+        assert torch.equal(y, layers(x))
+    with pytest.raises(RuntimeError, match=r"for inference and have no gradients: .*torch.no_grad\(\)"):
+        y.sum().backward()
+
+
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """`prepare` as on a GPU, with chunks that say nothing."""
