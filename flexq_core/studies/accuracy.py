@@ -28,7 +28,6 @@ from torch.nn import functional as F
 from flexq_core.quant.layers import decoder_blocks, linear_layers, linears_of_block
 from flexq_core.quant.plan import RULES
 from flexq_core.quant.spec import SCALES
-from flexq_core.runtime import ops
 from flexq_core.runtime.calibration import input_moments
 from flexq_core.runtime.convert import (
     linear_weight_bytes,
@@ -45,7 +44,7 @@ from flexq_core.sources import tasks as zero_shot
 from flexq_core.sources.models import LoadedModel, load_model, locate_model
 from flexq_core.sources.outliers import inject_outliers, require_strength
 from flexq_core.studies import accuracy_agreement, accuracy_scales, baselines
-from flexq_core.studies.parameters import names, require_at_least
+from flexq_core.studies.parameters import names, require_at_least, resolved_backends
 from flexq_core.workbook import figures
 from flexq_core.workbook.machine import provenance
 from flexq_core.workbook.records import Measurement, Skipped
@@ -190,9 +189,9 @@ class AccuracyStudy:
         locate_model(model)
         self.run = run
         self.methods = names(methods, METHODS, "method") + ([plan] if plan else [])
-        self.backends = list(
-            dict.fromkeys(ops.resolve_backend(b, run.device) for b in names(backends, ops.BACKENDS, "backend"))
-        )
+        self.custom_plan = read_plan(plan) if plan else None
+        self.backends = resolved_backends(backends, run.device)
+        self.plan_backends = resolved_backends(backends, run.device, self.custom_plan)
         self.scales = names(scales, SCALES, "way to choose scales")
         self.tasks = names(tasks, None, "task")
         zero_shot.require_tasks(self.tasks)
@@ -208,7 +207,6 @@ class AccuracyStudy:
             raise ValueError(
                 f"methods is {methods!r} with layer_by_layer; accepted: one that is none of {', '.join(WHOLE_MODEL)}"
             )
-        self.custom_plan = read_plan(plan) if plan else None
         self.layer_by_layer = layer_by_layer
         self.loaded: LoadedModel = load_model(model, device=run.device, blocks_on_disk=layer_by_layer)
         self.outliers, self.seed, self.batch_size, self.task_limit = outliers, seed, batch_size, task_limit
@@ -269,11 +267,12 @@ class AccuracyStudy:
             elif method in _BASELINES:
                 yield method, "simulate"
             else:
+                backends = self.backends if method in RULES else self.plan_backends
                 if SCALES[0] in self.scales:
-                    yield from ((method, backend) for backend in self.backends)
+                    yield from ((method, backend) for backend in backends)
                 for scales in self.scales:
                     if scales != SCALES[0]:
-                        yield accuracy_scales.with_scales(method, scales), self.backends[-1]
+                        yield accuracy_scales.with_scales(method, scales), backends[-1]
 
     def measure(self, method: str, backend: str) -> dict[str, float]:
         """Perplexity, zero-shot accuracy, weight size and kernels of one case: metric → value; computed unless on record.

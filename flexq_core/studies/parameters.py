@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
+from flexq_core.quant.plan import LayerPrecision, PrecisionPlan
+from flexq_core.quant.spec import GROUP_SIZE
+from flexq_core.runtime import ops
+
 
 def names(text: str, accepted: tuple[str, ...] | None, what: str) -> list[str]:
     """A comma-separated parameter as a list without repetition; ValueError names the nearest accepted value."""
@@ -38,6 +42,23 @@ def one_of(text: str, accepted: tuple[str, ...], what: str) -> str:
     if len(found) > 1:
         raise ValueError(f"{what} is {text!r}; accepted: one of {', '.join(accepted)}")
     return found[0]
+
+
+def resolved_backends(text: str, device: str, plan: PrecisionPlan | None = None) -> list[str]:
+    """Comma-separated backends as what they mean for a plan's layers on this device, without repetition.
+
+    plan: None for one of the rules, whose weights have 6 bits.  `auto` stays as it is where it means several.
+    ValueError names the nearest accepted value, or the backend that cannot run these layers, and why.
+    """
+    bits = {LayerPrecision()} if plan is None else set(plan.layers.values())
+    group_size = GROUP_SIZE if plan is None else plan.group_size
+    found = []
+    for backend in names(text, ops.BACKENDS, "backend"):
+        meant = {
+            ops.resolve_backend(backend, device, each.weight_bits, group_size, each.activation_bits) for each in bits
+        }
+        found.append(meant.pop() if len(meant) == 1 else backend)
+    return list(dict.fromkeys(found))
 
 
 def counts(text: str, what: str) -> list[int]:

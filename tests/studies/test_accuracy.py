@@ -11,13 +11,15 @@ import pandas as pd
 import pytest
 import torch
 
-from flexq_core.quant import PlanError, PrecisionPlan
+from flexq_core.quant import LayerPrecision, PlanError, PrecisionPlan
 from flexq_core.quant.layers import linear_layers
+from flexq_core.runtime import ops
 from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.sources import data
 from flexq_core.sources.models import ModelError, load_model
 from flexq_core.sources.text import Text
 from flexq_core.studies.accuracy import AccuracyStudy, Perplexity, claims, order_of, perplexity, plot_change, plot_size
+from flexq_core.studies.parameters import resolved_backends
 from flexq_core.workbook import paths
 from tests.models import tiny_model
 from tests.runs import run_of
@@ -125,6 +127,23 @@ def test_a_plan_file_is_scored_under_its_name_with_outliers_and_found_again(tmp_
     before = (tmp_path / "records" / "02_accuracy.jsonl").read_bytes()
     pd.testing.assert_frame_equal(a_study(tmp_path, **parameters).table(), table)
     assert (tmp_path / "records" / "02_accuracy.jsonl").read_bytes() == before
+
+
+def test_auto_means_what_the_plans_own_bits_can_run_on(tmp_path):
+    file = tmp_path / "plan.json"
+    layers = linear_layers(load_model("demo-opt").model)
+    file.write_text(PrecisionPlan("w4", dict.fromkeys(layers, LayerPrecision(4, 8))).to_json())
+    table = a_study(tmp_path, methods="w6a6", plan=str(file), backends="auto").table()
+    assert table.loc[table["method"] == "plan:w4", "backend"].item() == "reference"
+    with pytest.raises(ValueError, match="'cpu' cannot run here"):
+        a_study(tmp_path, plan=str(file), backends="cpu")
+
+
+def test_auto_stays_where_it_means_several(monkeypatch):
+    monkeypatch.setattr(ops, "resolve_backend", lambda asked, _, bits, *__: {"auto": f"for {bits}"}.get(asked, asked))
+    layers = {"a": LayerPrecision(4, 8), "b": LayerPrecision(6, 6)}
+    for text, meant in [("simulate,auto", ["simulate", "auto"]), ("reference,auto,reference", ["reference", "auto"])]:
+        assert resolved_backends(text, "cpu", PrecisionPlan("mixed", layers)) == meant
 
 
 def test_both_figures_are_drawn(tmp_path):

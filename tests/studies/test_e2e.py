@@ -419,6 +419,13 @@ def test_a_plan_file_names_the_layers_of_blocks_made_one_at_a_time(as_on_gpu):
     assert bits == [6, 8]
 
 
+def test_auto_means_what_a_plans_own_bits_can_run_on(run, tiny, tmp_path):
+    plan = PrecisionPlan("w4", dict.fromkeys(linear_layers(tiny), LayerPrecision(4, 8)))
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    study = EndToEndStudy(run, **SMALL | {"methods": "fp16", "plan": str(tmp_path / "plan.json"), "backend": "auto"})
+    assert dict(study.cases()) == {"fp16": "torch", str(tmp_path / "plan.json"): "reference"}
+
+
 def test_smoothquant_is_skipped_on_a_processor(run):
     table = EndToEndStudy(run, **SMALL | {"methods": "smoothquant-w8a8"}).table()
     assert set(table["skipped"]) == {"SmoothQuant's INT8 is timed on GPUs"}

@@ -55,7 +55,7 @@ from flexq_core.studies.e2e.linears import (
 from flexq_core.studies.e2e.steps import STEPS, parts_ms, step_bytes
 from flexq_core.studies.e2e_claims import claims, has_ratios
 from flexq_core.studies.e2e_compared import plot_latency, plot_memory, plot_step, published_note
-from flexq_core.studies.parameters import counts, names, one_of, require_at_least
+from flexq_core.studies.parameters import counts, names, one_of, require_at_least, resolved_backends
 from flexq_core.studies.timing import machine_limits
 from flexq_core.workbook.machine import preemptions, provenance
 from flexq_core.workbook.records import Measurement, Skipped
@@ -125,13 +125,15 @@ class EndToEndStudy:
         self.run, self.model = run, model
         self.weights = one_of(weights, WEIGHTS, "weights")
         self.methods = names(methods, METHODS, "method") + ([plan] if plan else [])
-        self.backend = ops.resolve_backend(one_of(backend, ops.BACKENDS, "backend"), run.device)
+        self.custom_plan = read_plan(plan) if plan else None
+        one_of(backend, ops.BACKENDS, "backend")
+        (self.backend,) = resolved_backends(backend, run.device)
+        (self.plan_backend,) = resolved_backends(backend, run.device, self.custom_plan)
         self.output_tokens = counts(output_tokens, "output_tokens")
         require_at_least(1, prompt_tokens=prompt_tokens, batch_size=batch_size, repeats=repeats)
         require_at_least(0, layers=layers, seed=seed)
         if layers and self.weights == "pretrained":
             raise ValueError(f"layers is {layers} with pretrained weights; accepted: 0, or weights=random")
-        self.custom_plan = read_plan(plan) if plan else None
         self.prompt_tokens, self.batch_size, self.layers = prompt_tokens, batch_size, layers
         self.repeats, self.seed = repeats, seed
         self.on_gpu = torch.device(run.device).type == "cuda"
@@ -188,7 +190,7 @@ class EndToEndStudy:
     def cases(self) -> Iterator[tuple[str, str]]:
         """(method, backend) in the order they are measured; the backend is `torch` for all but FlexQ's own methods."""
         for method in self.methods:
-            yield method, self.backend if method in RULES or method not in METHODS else "torch"
+            yield method, self.backend if method in RULES else "torch" if method in METHODS else self.plan_backend
 
     def label(self, method: str) -> str:
         """The method's name in records: the dtype for the unquantised model, the plan's name for a plan file."""
