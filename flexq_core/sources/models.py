@@ -118,8 +118,9 @@ def load_model(
     name: a known name, a hub id or a local folder.  device: where it goes.  dtype: float32 on a CPU and float16 on
     a GPU unless given.  blocks_on_disk: leave the weights of its blocks on disk, for `load_block` to fetch; on the model
     itself they are then on the meta device.
-    Raises ModelError, with the next step, for an unknown name, no network, a gated or absent repository, or files
-    that are not a causal language model. Only safetensors weights are read: pickled ones could run code.
+    Raises ModelError, with the next step, for an unknown name, no network, a gated or absent repository, files that are
+    not a causal language model, or one that is quantised already. Only safetensors weights are read: pickled ones could
+    run code.
     """
     import transformers
 
@@ -128,12 +129,15 @@ def load_model(
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
     try:
+        _require_unquantised(name, transformers.AutoConfig.from_pretrained(place))
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
         if folder is not None:
             on_disk = ModelOnDisk(folder, device=device, dtype=dtype)
             model = on_disk.model
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
+    except ModelError:
+        raise
     except Exception as error:  # transformers raises OSError, ValueError and others for the same causes
         raise ModelError(_explain(name, place, error)) from error
     config = model.config
@@ -250,6 +254,14 @@ def _shape(name: str) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"cannot read the shape of {name!r} from its config.json: {reason}") from error
+
+
+def _require_unquantised(name: str, config: Any) -> None:
+    if quantization := getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"the model {name!r} is quantised already (quant_method {quantization.get('quant_method')!r}), and studies quantise "
+            "it themselves: give the model that it was made from"
+        )
 
 
 def _fingerprint(place: str, config: Any) -> str:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from flexq_core.runtime.convert import quantize_model
 from flexq_core.sources import demo
 from flexq_core.sources.models import HUB_MODELS, ModelError, load_model, locate_model, model_folder
-from tests.models import tiny_model
+from tests.models import save_model, tiny_model
 
 
 def test_names_lead_to_places(tmp_path):
@@ -37,6 +38,15 @@ def test_a_folder_that_is_no_model(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match="not a complete causal language model with safetensors weights"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("blocks_on_disk", [False, True])
+def test_a_checkpoint_that_is_quantised_already_is_refused(tmp_path, blocks_on_disk):
+    save_model(quantize_model(tiny_model("llama"), "w6a6"), tmp_path)
+    with pytest.raises(
+        ModelError, match=r"is quantised already \(quant_method 'flexq'\).*: give the model that it was made from"
+    ):
+        load_model(str(tmp_path), blocks_on_disk=blocks_on_disk)
 
 
 def test_pickled_weights_are_not_read(tmp_path):
