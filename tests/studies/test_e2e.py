@@ -426,9 +426,11 @@ def test_auto_means_what_a_plans_own_bits_can_run_on(run, tiny, tmp_path):
     assert dict(study.cases()) == {"fp16": "torch", str(tmp_path / "plan.json"): "reference"}
 
 
-def test_smoothquant_is_skipped_on_a_processor(run):
-    table = EndToEndStudy(run, **SMALL | {"methods": "smoothquant-w8a8"}).table()
-    assert set(table["skipped"]) == {"SmoothQuant's INT8 is timed on GPUs"}
+def test_beside_others_what_runs_on_gpus_alone_is_skipped_on_a_processor(run, tiny):
+    table = EndToEndStudy(run, **SMALL | {"methods": "fp16,smoothquant-w8a8,fp8"}).table()
+    reasons = dict(zip(table["method"], table["skipped"], strict=True))
+    assert reasons["smoothquant-w8a8"] == "SmoothQuant's INT8 is timed on GPUs"
+    assert reasons["fp8"] == "FP8 products run on GPUs of compute capability 8.9 or later"
 
 
 @pytest.mark.parametrize("full", [None, "default", "max-autotune-no-cudagraphs", "both"])
@@ -494,11 +496,6 @@ def test_a_record_tells_the_kernels_of_a_step_and_of_the_prompt_where_they_diffe
     (note,) = [record.reason for record in read_jsonl(run.records.path) if record.metric == "linear_layers"]
     layers = len(linear_layers(study.loaded.model))
     assert note == f"{layers} × flexq imma; for the prompt {layers} × flexq for 5"
-
-
-def test_fp8_is_skipped_where_it_does_not_run(run):
-    table = EndToEndStudy(run, **SMALL | {"methods": "fp8"}).table()
-    assert set(table["skipped"]) == {"FP8 products run on GPUs of compute capability 8.9 or later"}
 
 
 def test_a_model_that_does_not_fit_is_skipped(run, tiny, monkeypatch):
@@ -777,6 +774,11 @@ def test_after_a_long_prompt_a_model_writes_the_same_each_time_captured_or_not(o
             r"no method is called 'flexk' \(did you mean 'flexq'\?\); accepted: fp16",
         ),
         ({"methods": " "}, ValueError, "no method is given; accepted: fp16, bf16"),
+        (
+            {"methods": "fp8,smoothquant-w8a8"},
+            ValueError,
+            "'fp8,smoothquant-w8a8', which run on GPUs alone; accepted on a processor: one of fp16, bf16, w8a16, w8a8, w6a6",
+        ),
         ({"weights": "foo"}, ValueError, "no weights is called 'foo'; accepted: pretrained, random"),
         ({"weights": "pretrained,random"}, ValueError, "accepted: one of pretrained, random"),
         ({"compile_mode": "fast"}, ValueError, "no compile_mode is called 'fast'"),

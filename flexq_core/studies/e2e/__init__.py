@@ -70,6 +70,7 @@ SMOOTHQUANT = "smoothquant-w8a8"
 METHODS = (UNQUANTISED, "bf16", "w8a16", "w8a8", SMOOTHQUANT, "fp8", *RULES)
 """`fp16` is the model as it is, in float32 on a CPU. `w8a16`, `w8a8` and `fp8` are torch's own, SmoothQuant's is on torch's INT8
 product. The rest are FlexQ's plans."""
+ON_GPUS_ALONE = (SMOOTHQUANT, "fp8")
 WEIGHTS = ("pretrained", "random")
 
 BOUNDS = {"fp16": 1e-2, "fp32": 1e-6, "bf16": 0.1, "w8a16": 0.1, "w8a8": 0.5, SMOOTHQUANT: 0.5, "fp8": 0.5}
@@ -137,6 +138,9 @@ class EndToEndStudy:
         self.prompt_tokens, self.batch_size, self.layers = prompt_tokens, batch_size, layers
         self.repeats, self.seed = repeats, seed
         self.on_gpu = torch.device(run.device).type == "cuda"
+        if not self.on_gpu and set(self.methods) <= set(ON_GPUS_ALONE):
+            here = ", ".join(method for method in METHODS if method not in ON_GPUS_ALONE)
+            raise ValueError(f"methods is {methods!r}, which run on GPUs alone; accepted on a processor: one of {here}")
         wanted = one_of(compile_mode, (BEST_MODE, *COMPILE_MODES), "compile_mode")
         self.attention = attention.implementation(run.device)
         self.compile_mode = wanted if self.attention == attention.NAME else "none"  # both want a GPU and Triton
