@@ -186,6 +186,17 @@ def test_processes_that_cannot_join_are_refused(monkeypatch, device, here, text)
         pytest.fail("joined")
 
 
+@pytest.mark.parametrize(("allowed", "threads"), [(6, 3), (1, 1)])
+def test_processes_share_the_processors_that_they_may_use_and_not_all_there_are(monkeypatch, allowed, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)), raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    processes._share_processors()
+    assert given == [threads]
+
+
 def test_a_process_alone_asks_nobody():
     assert processes.is_first() and processes.from_first(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):

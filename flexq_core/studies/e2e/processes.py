@@ -72,7 +72,12 @@ def _share_processors() -> None:
     cannot be told from that.
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // count()))
+        torch.set_num_threads(max(1, _processors() // count()))
+
+
+def _processors() -> int:
+    """How many this process may use: fewer than there are where a batch system or `taskset` says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_first() -> bool:
