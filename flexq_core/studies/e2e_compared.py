@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch
 
 from flexq_core.sources import paper
@@ -67,9 +68,14 @@ def plot_latency(table: pd.DataFrame, model: str, published: pd.DataFrame) -> Fi
         titles, colours = _titles_and_colours(rows, paper=True)
         bars = axis.barh(titles, rows["seconds"], color=colours, alpha=0.6)
         _finish(axis, bars, rows["seconds"], f"{length} output tokens", "paper's GPU (s)", 1.35)
-    kinds = [Patch(facecolor="white", edgecolor=figures.INK, hatch=_PREFILL, label="prefill and first token")]
-    kinds.append(Patch(facecolor=figures.INK, label="decode"))
-    figure.legend(handles=kinds, loc="outside upper center", ncols=2, title=model)
+    colours = _drawn_colours(measured)
+    kinds = {
+        "prefill and first token": [
+            Patch(facecolor="white", edgecolor=each, hatch=_PREFILL, linewidth=0.8) for each in colours
+        ],
+        "decode": [Patch(color=each) for each in colours],
+    }
+    _legend(figure, kinds, title=model)
     return figure
 
 
@@ -114,12 +120,12 @@ def plot_memory(table: pd.DataFrame, model: str, published: pd.DataFrame) -> Fig
         titles = [f"{title} *" if m in copied else title for title, m in zip(titles, longest["method"], strict=True)]
         bars = axes[1, 0].barh(titles, longest["memory_gb"], color=colours, alpha=0.6)
         _finish(axes[1, 0], bars, longest["memory_gb"], "", "paper's GPU (GB)")
-    kinds = [
-        Patch(facecolor=figures.INK, label="linear weights"),
-        Patch(facecolor=figures.NEUTRAL, label="rest of the model"),
-        Patch(facecolor="white", edgecolor=figures.INK, hatch=_PREFILL, label="KV cache"),
-    ]
-    figure.legend(handles=kinds, loc="outside upper center", ncols=3, columnspacing=1)
+    kinds = {
+        "linear weights": [Patch(color=each) for each in _drawn_colours(rows.iloc[::-1])],
+        "rest of the model": [Patch(facecolor=figures.NEUTRAL)],
+        "KV cache": [Patch(facecolor="white", edgecolor=figures.INK, hatch=_PREFILL, linewidth=0.6)],
+    }
+    _legend(figure, kinds, columnspacing=1)
     return figure
 
 
@@ -156,6 +162,18 @@ def _titles_and_colours(rows: pd.DataFrame, *, paper: bool = False) -> tuple[lis
     title = _paper_title if paper else lambda method: TITLES.get(method, method)
     titles = [title(method) for method in rows["method"]]
     return titles, [_colour(method) for method in rows["method"]]
+
+
+def _drawn_colours(rows: pd.DataFrame) -> list[str]:
+    """Of the methods, from the top bar down."""
+    return list(dict.fromkeys(map(_colour, rows["method"])))
+
+
+def _legend(figure: Figure, kinds: dict[str, list[Patch]], **options: Any) -> None:
+    """What bars' parts mean, above the panels: label → the part as it is drawn, in the colour of each method."""
+    shown = {"handler_map": {tuple: HandlerTuple(ndivide=None, pad=0)}, "handlelength": 4}
+    keys = [tuple(parts) for parts in kinds.values()]
+    figure.legend(keys, list(kinds), loc="outside upper center", ncols=len(kinds), **shown, **options)
 
 
 def _paper_title(method: str) -> str:

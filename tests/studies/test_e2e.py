@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from matplotlib.colors import to_rgba
+from matplotlib.patches import Patch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -40,6 +42,7 @@ from flexq_core.studies.e2e import (
 from flexq_core.studies.e2e import __main__ as command
 from flexq_core.studies.e2e.decode import Engine, Generation, cache_bytes, capturing, generate, total_ms
 from flexq_core.studies.e2e.linears import DynamicInt8Linear, Int8WeightLinear, block_weight_bytes, model_bytes
+from flexq_core.workbook import figures
 from flexq_core.workbook.records import Skipped, read_jsonl
 from tests.models import CONFIGS, tiny_model
 from tests.runs import run_of
@@ -1145,6 +1148,16 @@ def test_ratios_are_claimed_of_one_sequence_of_a_whole_model_on_one_hopper_card(
 def test_half_precision_counts_as_half():
     table = synthetic(fp32={"method": "fp16", "linear_weights_mib": 160.0})
     assert claims(table)[0][:2] == ("FlexQ's linear weights take less than 50% of the unquantised model's", True)
+
+
+def test_a_legend_shows_the_colours_that_are_drawn():
+    """A key in ink alone would be the colour of FP16."""
+    for plot in (plot_latency, plot_memory):
+        figure = plot(synthetic(), "name", NOTHING)
+        drawn = {patch.get_facecolor() for patch in figure.axes[0].patches}
+        keys = {patch.get_facecolor() for patch in figure.legends[0].findobj(Patch)}
+        methods = {to_rgba(figures.method_colour(method)) for method in synthetic()["method"]}
+        assert methods <= drawn and methods <= keys
 
 
 def test_what_the_paper_copied_is_starred_and_told():
