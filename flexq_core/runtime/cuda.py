@@ -431,15 +431,15 @@ def w6ax_linear(
     x: Tensor, chunks: Tensor, weight_exponent: Tensor, bias: Tensor | None, activation_bits: int, backend: str
 ) -> Tensor:
     """[M, K] times repacked weights → [M, N] in x's dtype, on operands that `ops` has checked; `auto` is `backend_for`."""
-    outputs = weight_exponent.shape[0]
-    if backend == "auto" and x.shape[0] and outputs:
+    tokens, outputs = x.shape[0], weight_exponent.shape[0]
+    if not (tokens and outputs):
+        return x.new_empty(tokens, outputs)
+    if backend == "auto":
         backend = backend_for(*x.shape, outputs, x.device)
-    if backend == "imma" and takes_row(*x.shape, x.dtype) and outputs:
+    if backend == "imma" and takes_row(*x.shape, x.dtype):
         return linear_of_row(x, chunks, weight_exponent, bias, activation_bits)[0]
-    out = x.new_empty(x.shape[0], outputs)
-    if out.numel():
-        records = quantize_activation(x, activation_bits, backend)
-        linear(records, x.shape[0], chunks, weight_exponent, bias, activation_bits, backend, out)
+    records, out = quantize_activation(x, activation_bits, backend), x.new_empty(tokens, outputs)
+    linear(records, tokens, chunks, weight_exponent, bias, activation_bits, backend, out)
     return out
 
 
