@@ -3,7 +3,8 @@
 One harness for all methods. A layer's weights lie there in so many copies that a copy has left the L2 cache when its turn
 comes again; a graph holds one launch after the other, on the copies in turn, and a time is that of a replay divided by its
 launches. `gemm_us` is the product alone, its operands quantised beforehand; FlexQ's `median_us` is the whole layer, which
-quantises its activations as well. Where a library takes only some numbers of rows, or is faster with more, each padding
+quantises its activations as well; their graphs are replayed in turn, so that the difference is what that adds and not what
+the card's clock did in between. Where a library takes only some numbers of rows, or is faster with more, each padding
 that it takes is timed and the fastest counts; `fewest_rows_us` is the time with the fewest rows.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -103,10 +104,15 @@ class GpuLayers:
                 for y in (whole, products[0][1])
             ]
             measured["definition_error"] = Measurement(max(errors), "1")
-            measured |= _quantiles("median_us p10_us p90_us", self._times_us(lambda copy: layer(x, copy), replays))
         products = [product for product, _ in products]  # what they computed may fill gigabytes
-        timed = [(self._times_us(product.launch, replays), product.note) for product in products]
-        times, note = min(timed, key=lambda found: found[0].median().item())
+        ways = [product.launch for product in products]
+        if layer is not None:
+            ways.append(lambda copy: layer(x, copy))
+        found = self._times_us(ways, replays)
+        if layer is not None:
+            measured |= _quantiles("median_us p10_us p90_us", found.pop())
+        timed = [(times, product.note) for times, product in zip(found, products, strict=True)]
+        times, note = min(timed, key=lambda each: each[0].median().item())
         if len(timed) > 1:
             fewest, padding = timed[0]
             measured["fewest_rows_us"] = Measurement(fewest.median().item(), "us", padding)
@@ -135,13 +141,38 @@ class GpuLayers:
             raise RuntimeError(f"{case}: relative error {error} against {what}, bound {bound}")
         return error
 
-    def _times_us(self, launch: Callable[[Tensor], Any], replays: int) -> Tensor:
-        launches = [lambda copy=copy: launch(copy) for copy in self.copies]
+    def _times_us(self, ways: list[Callable[[Tensor], Any]], replays: int) -> list[Tensor]:
+        launches = [[partial(way, copy) for copy in self.copies] for way in ways]
         return replayed_us(launches, replays)
 
 
-def replayed_us(launches: list[Callable[[], Any]], replays: int) -> Tensor:
-    """Time of a launch when a CUDA graph replays these in turn: [replays] float64 microseconds."""
+def replayed_us(ways: list[list[Callable[[], Any]]], replays: int) -> list[Tensor]:
+    """Time of a launch when a CUDA graph replays a way's in turn: for each way [replays] float64 microseconds.
+
+    The ways take turns, a replay each, so that what else happens to the card in that time happens to all.
+    """
+    graphs = [_captured(launches) for launches in ways]
+    end = time.perf_counter() + _WARM_UP_S
+    while time.perf_counter() < end:
+        for graph, _ in graphs:
+            graph.replay()
+        torch.cuda.synchronize()
+    events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays)] for _ in graphs]
+    torch.cuda._sleep(_QUEUE_CYCLES)
+    for turn in zip(*events, strict=True):
+        for (graph, _), (before, after) in zip(graphs, turn, strict=True):
+            before.record()
+            graph.replay()
+            after.record()
+    torch.cuda.synchronize()
+    return [
+        torch.tensor([before.elapsed_time(after) * 1e3 / launched for before, after in mine], dtype=torch.float64)
+        for (_, launched), mine in zip(graphs, events, strict=True)
+    ]
+
+
+def _captured(launches: list[Callable[[], Any]]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A CUDA graph of these in turn, again and again until a replay takes long enough, and how many it holds."""
     stream = _capture_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -159,19 +190,7 @@ def replayed_us(launches: list[Callable[[], Any]], replays: int) -> Tensor:
     with torch.cuda.graph(graph, stream=stream):
         for launch in launches * rounds:
             launch()
-    end = time.perf_counter() + _WARM_UP_S
-    while time.perf_counter() < end:
-        graph.replay()
-        torch.cuda.synchronize()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays)]
-    torch.cuda._sleep(_QUEUE_CYCLES)
-    for before, after in events:
-        before.record()
-        graph.replay()
-        after.record()
-    torch.cuda.synchronize()
-    times = [before.elapsed_time(after) * 1e3 / (rounds * len(launches)) for before, after in events]
-    return torch.tensor(times, dtype=torch.float64)
+    return graph, rounds * len(launches)
 
 
 @cache

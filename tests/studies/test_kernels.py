@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import pandas as pd
@@ -323,9 +325,10 @@ def card(monkeypatch):
         scales[layer.backend] = layer.weight_scale, layer.weight_exponent
         return layer.backend, layer.weight
 
-    def replayed(launches, replays):
-        assert len(launches) >= 3 and len({launch().shape for launch in launches}) == 1
-        return torch.linspace(1, 2, replays, dtype=torch.float64)
+    def replayed(ways, replays):
+        for launches in ways:
+            assert len(launches) >= 3 and len({launch().shape for launch in launches}) == 1
+        return [torch.linspace(1, 2, replays, dtype=torch.float64) for _ in ways]
 
     scales = {}
     facts = type("Facts", (), {"L2_cache_size": 2**14, "name": "NVIDIA H200"})
@@ -846,22 +849,41 @@ def test_combinations_are_skipped_once_without_a_gpu(run):
     assert kernels_combinations.read_combinations("none") == ()
 
 
-@pytest.mark.parametrize(("launch_ms", "rounds"), [(0.01, 6), (0.1, 3), (5.4, 1)])
-def test_a_graph_launches_every_copy_in_turn_and_times_are_a_launchs(monkeypatch, launch_ms, rounds):
-    order, replays = [], []
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA graphs that run nothing: their numbers as they are replayed, and what each pair of events says has elapsed."""
     fake = {name: mock.MagicMock() for name in ("current_stream", "stream", "graph", "_sleep", "synchronize", "Event")}
-    graph_ms = launch_ms * rounds * 9
-    fake["Event"].return_value.elapsed_time.side_effect = [launch_ms, *[graph_ms] * 7]
-    fake["CUDAGraph"] = lambda: mock.Mock(replay=lambda: replays.append(len(order)))
+    made, replayed = itertools.count(), []
+    fake["CUDAGraph"] = lambda: mock.Mock(replay=partial(replayed.append, next(made)))
     for name, value in fake.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(kernels_gpu, "_capture_stream", lambda device: mock.Mock())
     monkeypatch.setattr(kernels_gpu, "_WARM_UP_S", 0.0)
-    times = kernels_gpu.replayed_us([lambda index=index: order.append(index) for index in range(9)], 7)
+    return SimpleNamespace(replayed=replayed, elapsed=fake["Event"].return_value.elapsed_time)
+
+
+@pytest.mark.parametrize(("launch_ms", "rounds"), [(0.01, 6), (0.1, 3), (5.4, 1)])
+def test_a_graph_launches_every_copy_in_turn_and_times_are_a_launchs(graphs, launch_ms, rounds):
+    order = []
+    graphs.elapsed.side_effect = [launch_ms, *[launch_ms * rounds * 9] * 7]
+    (times,) = kernels_gpu.replayed_us([[lambda index=index: order.append(index) for index in range(9)]], 7)
     assert order == [0, 1, 2, 0] + [*range(9)] * rounds  # to see how long one takes, then what was captured
-    assert len(replays) == 7 and set(replays) == {len(order)}
+    assert graphs.replayed == [0] * 7
     assert torch.allclose(times, torch.full((7,), 1e3 * launch_ms, dtype=torch.float64))
+
+
+def test_a_product_and_its_layer_are_replayed_in_turn(graphs):
+    graphs.elapsed.side_effect = [5.0, 6.0, *[15.0] * 4, *[18.0] * 4]  # a launch of each, then replays of three
+    product, layer = kernels_gpu.replayed_us([[lambda: None] * 3] * 2, 4)
+    assert graphs.replayed == [0, 1] * 4
+    assert product.tolist() == [5000.0] * 4 and layer.tolist() == [6000.0] * 4
+
+
+def test_a_layer_is_timed_in_one_pass_with_its_product(card, monkeypatch):
+    monkeypatch.setattr(kernels_gpu, "replayed_us", lambda ways, replays: [torch.tensor([1.0]), torch.tensor([3.0])])
+    found = kernels_gpu.GpuLayers((64, 256), "imma", 6, "cuda", 0).measure(torch.randn(5, 256), 1, 0.06)
+    assert (found["gemm_us"].value, found["median_us"].value) == (1, 3)
 
 
 def test_of_many_tokens_some_of_every_tile_are_checked(gpu_run, monkeypatch):
