@@ -97,6 +97,7 @@ def quantize_files(
     work = _Work.of(source, plan, scales)
     partial = out.with_name(f"{out.name}.partial")
     with _locked(partial), _clear_when_full(partial), _a_thread_for_each_block() as pool:
+        _require_free(out)  # another run may have finished since
         finished = {file: saved for file in work.files if (saved := work.finished(file, partial)) is not None}
         _discard(partial, keep={file.name for file in finished})
         _require_space(partial, sum(work.bytes_of(file) for file in work.files if file not in finished))
@@ -355,13 +356,17 @@ def _locked(partial: Path) -> Iterator[None]:
     folder = os.open(partial, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError:
-        raise CheckpointError(f"another run is writing {partial}: wait for it, or give another folder") from None
-    finally:
         os.close(folder)
+        raise CheckpointError(f"another run is writing {partial}: wait for it, or give another folder") from None
+    try:
+        yield
+    except BaseException:
         with suppress(OSError):
             partial.rmdir()  # where nothing was written
+        raise
+    finally:
+        os.close(folder)
 
 
 def _discard(partial: Path, keep: set[str]) -> None:

@@ -283,8 +283,6 @@ def test_what_cannot_be_written_is_refused(source, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=f"holds {SINGLE_FILE}, which no run has made"):
         quantize_files(source, tmp_path / "out")
     assert {file.name for file in mine.iterdir()} == {"notes.txt", SINGLE_FILE}
-    with module._locked(tmp_path / "busy.partial"), pytest.raises(CheckpointError, match="another run is writing"):
-        quantize_files(source, tmp_path / "busy")
     with monkeypatch.context() as patch:
         patch.setattr(module.shutil, "disk_usage", lambda _: module.shutil._ntuple_diskusage(9, 9, 1000))
         with pytest.raises(CheckpointError, match=r"has 0.0 MiB free, and 0.[1-9] MiB are to be written: make room"):
@@ -300,6 +298,26 @@ def test_what_cannot_be_written_is_refused(source, tmp_path, monkeypatch):
     ):
         quantize_files(source, tmp_path / "full")
     assert not (tmp_path / "full").exists()
+
+
+def test_a_second_run_leaves_the_first_its_folder_and_what_it_finished(source, tmp_path, monkeypatch):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    with module._locked(partial):
+        with pytest.raises(CheckpointError, match="another run is writing"):
+            quantize_files(source, out)
+        assert partial.is_dir()
+    work_of = module._Work.of
+
+    def finished_meanwhile(*given):
+        out.mkdir()
+        (out / "config.json").touch()
+        return work_of(*given)
+
+    monkeypatch.setattr(module._Work, "of", finished_meanwhile)
+    monkeypatch.setattr(module, "quantize_weight", lambda *_, **__: pytest.fail("computed for nothing"))
+    with pytest.raises(CheckpointError, match="out is not empty"):
+        quantize_files(source, out)
+    assert not partial.exists()
 
 
 def test_sources_that_cannot_be_quantised_say_why(source, tmp_path):
