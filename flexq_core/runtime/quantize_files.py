@@ -85,7 +85,8 @@ def quantize_files(
 ) -> Written:
     """Write the 6-bit checkpoint of the model in `source` to the folder `out`.
 
-    source: a transformers folder with safetensors weights.  out: absent or empty.  plan: as for `quantize_model`.
+    source: a transformers folder with safetensors weights.  out: absent or empty, and no link or mount point.
+    plan: as for `quantize_model`.
     scales: how weights' scales are chosen, `absmax` or `mse` (quant/scales.py).  name: of the model, for the card.
     progress: show a bar, one step a tensor.
     Raises CheckpointError for a source that is incomplete, pickled, quantised or no causal language model, for an `out` that
@@ -340,6 +341,10 @@ Signal-to-quantisation-noise ratio of each layer's weight, measured when it was 
 
 
 def _require_free(out: Path) -> None:
+    """Raise CheckpointError for a place that a finished folder cannot be moved to."""
+    if out.is_symlink() or out.resolve().is_mount():  # of "." the parent is itself
+        kind = "link" if out.is_symlink() else "mount point"
+        raise CheckpointError(f"{out} is a {kind}, whose place no folder can take; accepted: a folder within it")
     if out.is_dir() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty: give another folder, or delete it first")
     if out.exists() and not out.is_dir():

@@ -21,7 +21,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Quantise a model's files; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        _require_place(options.out)
         written = quantize_files(
             model_folder(options.model),
             options.out,
@@ -41,13 +40,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     _describe(written)
     return 0
-
-
-def _require_place(out: Path) -> None:
-    """Raise ValueError for a place that a finished folder cannot be moved to, before anything is computed."""
-    if out.is_symlink() or out.resolve().is_mount():  # of "." the parent is itself
-        kind = "link" if out.is_symlink() else "mount point"
-        raise ValueError(f"{out} is a {kind}, whose place no folder can take; accepted: a folder within it")
 
 
 def _parser() -> argparse.ArgumentParser:

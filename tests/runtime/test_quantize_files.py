@@ -300,6 +300,16 @@ def test_what_cannot_be_written_is_refused(source, tmp_path, monkeypatch):
     assert not (tmp_path / "full").exists()
 
 
+def test_a_place_that_no_folder_can_take_is_refused_at_once(source, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "there")
+    for name, kind in (("link", "link"), ("there", "mount point")):
+        with pytest.raises(CheckpointError, match=f"is a {kind}, whose place no folder can take"):
+            quantize_files(source, tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "there"]
+
+
 def test_a_second_run_leaves_the_first_its_folder_and_what_it_finished(source, tmp_path, monkeypatch):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     with module._locked(partial):

@@ -44,17 +44,6 @@ def test_scales_of_least_error_are_another_checkpoint_with_less_of_it(tmp_path):
         quantize_files(source, tmp_path / "other", scales="output")
 
 
-def test_a_place_that_no_folder_can_take_is_refused_at_once(tmp_path, monkeypatch, capsys):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "link").symlink_to("there")
-    assert main(["quantize", "demo-llama", str(tmp_path / "link")]) == 1
-    assert "is a link, whose place no folder can take" in capsys.readouterr().err
-    monkeypatch.setattr(type(tmp_path), "is_mount", lambda path: path.name == "there")
-    assert main(["quantize", "demo-llama", str(tmp_path / "there")]) == 1
-    assert "is a mount point" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "there"]
-
-
 @pytest.mark.parametrize(
     ("raised", "status", "text"),
     [(KeyboardInterrupt, 130, "begins anew: no file was finished"), (SafetensorError, 1, "I/O error")],
