@@ -25,10 +25,17 @@ CONFIGS = {
 }
 
 
+CONVERTED = {
+    "gpt-neox": lambda: transformers.GPTNeoXConfig(hidden_size=64, intermediate_size=176, **SIZES),
+    "mixtral": lambda: transformers.MixtralConfig(num_key_value_heads=2, num_local_experts=3, **GATED),
+}
+"""Families whose files have other names of tensors, or other tensors, than their models."""
+
+
 def tiny_model(architecture: str, seed: int = 0):
     """A causal language model in float32 whose biases and norms are random too, so that each one matters."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture]()).eval()
+    model = transformers.AutoModelForCausalLM.from_config({**CONFIGS, **CONVERTED}[architecture]()).eval()
     with torch.no_grad():
         for _name, parameter in model.named_parameters():
             if parameter.dim() == 1:

@@ -1,1 +1,1 @@
-"""Files of weights: what a safetensors folder holds, and a tensor's bytes."""
+"""Files of weights: what a safetensors folder holds, what its model calls that, and a tensor's bytes."""

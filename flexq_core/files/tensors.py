@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +54,6 @@ def find_tensors(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
                     "of one model; copy or download them again"
                 )
             found[name] = file, shape, dtype
-    return found
-
-
-def names_in_files(names: Collection[str], stored: Collection[str], prefix: str) -> dict[str, str]:
-    """A model's name of a tensor → its name in the files, for the tensors that they hold.
-
-    names: of the model's tensors.  stored: of the files' tensors.  prefix: of the names of the model's base, `model` say: files
-    that were saved from the base alone lack it, and a few add it to what is not the base's.
-    """
-    found = {}
-    for name in names:
-        possible = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-        # Another tensor's own name is not this one's.
-        match = next((other for other in possible if other in stored and (other == name or other not in names)), None)
-        if match is not None:
-            found[name] = match
     return found
 
 

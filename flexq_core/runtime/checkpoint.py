@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from flexq_core.files.names import place_tensors
 from flexq_core.files.tensors import find_tensors, headers, read_tensor
 from flexq_core.quant.plan import PrecisionPlan
 from flexq_core.runtime.checkpoint_format import (
@@ -72,7 +76,9 @@ def verify(folder: Path) -> None:
     resolve_plan(plan, model)
     empty_layers_in_place(model, plan)
     found = find_tensors(folder)
-    require_tensors(model, found)
+    places, parts = place_tensors(model, found)
+    known = {stored: name for name, stored in places.items()}
+    require_tensors(model, {known.get(stored, stored): where for stored, where in found.items()}, parts)
     for file in sorted({file for file, *_ in found.values()}):
         verify_shard(file)
 
@@ -91,24 +97,36 @@ def empty_model(folder: Path) -> nn.Module:
         raise CheckpointError(f"{folder / 'config.json'} describes no causal language model: {error}") from error
 
 
-def require_tensors(model: nn.Module, tensors: dict[str, tuple[Path, list[int], str]]) -> None:
-    """Raise CheckpointError unless these tensors, name → (file, shape, type), are the model's."""
+def require_tensors(
+    model: nn.Module, tensors: Mapping[str, tuple[Path, list[int], str]], parts: Mapping[str, str]
+) -> None:
+    """Raise CheckpointError unless these tensors, name → (file, shape, type), are the model's.
+
+    parts: name of a tensor that is none of the model's → the one of the model that is made of it and of others.
+    """
     expected = model.state_dict()
     packed = {name for name, module in model.named_modules() if isinstance(module, FlexQLinear)}
     tied = getattr(model, "all_tied_weights_keys", {})
     tied = tied | {source: name for name, source in tied.items()}
-    if missing := [name for name in expected if name not in tensors and tied.get(name) not in tensors]:
+    sizes = Counter()
+    for part, name in parts.items():
+        sizes[name] += math.prod(tensors[part][1])
+    made = {name for name, size in sizes.items() if size >= expected[name].numel()}
+    present = tensors.keys() | made
+    if missing := [name for name in expected if name not in present and tied.get(name) not in present]:
         raise CheckpointError(
             f"{len(missing)} tensors are missing, first {missing[0]!r}: a file was lost or the checkpoint is of another model; "
             "copy it again or make it anew"
         )
-    if unexpected := [name for name in tensors if name not in expected]:
+    if unexpected := [name for name in tensors if name not in expected and name not in parts]:
         name = unexpected[0]
         raise CheckpointError(
             f"{len(unexpected)} tensors are unexpected, first {name!r} in {tensors[name][0]}: they are of another model or of "
             "another plan; copy the checkpoint again or make it anew"
         )
     for name, (file, shape, dtype) in tensors.items():
+        if name in parts:
+            continue
         wanted, (layer, _, leaf) = expected[name], name.rpartition(".")
         types = FLOATS if wanted.is_floating_point() else (dtype,)
         if layer in packed and leaf in PACKED:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, revert_weight_conversion
 from transformers.distributed.tensor_parallel import (
     ALL_PARALLEL_STYLES,
     TensorParallelLayer,
@@ -110,7 +110,9 @@ class FlexQHfQuantizer(HfQuantizer):
         return _QuantizeWeight()
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        return None, metadata(checksums(model.state_dict()))
+        state = model.state_dict()
+        as_released = revert_weight_conversion(model, state)  # save_pretrained can write either
+        return None, metadata(checksums(state | as_released))
 
 
 class _QuantizeWeight(ConversionOps):

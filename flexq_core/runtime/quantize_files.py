@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from flexq_core.files.tensors import INDEX, SINGLE_FILE, find_tensors, headers, names_in_files, read_tensor
+from flexq_core.files.names import place_tensors
+from flexq_core.files.tensors import INDEX, SINGLE_FILE, find_tensors, headers, read_tensor
 from flexq_core.quant.packing import packed_bytes
 from flexq_core.quant.plan import LayerPrecision, PrecisionPlan
 from flexq_core.quant.quantize import dequantize, quantize_weight
@@ -122,7 +123,8 @@ class _Work:
     """What is to be done.
 
     config: of the original.  model: without weights.
-    tensors: the model's name of a tensor → (its file, its name there, shape, type).
+    tensors: the model's name of a tensor → (its file, its name there, shape, type). What transformers makes one of several
+    keeps the files' names.
     left_out: tensors of the files that the model has no place for.
     """
 
@@ -147,15 +149,20 @@ class _Work:
         model = empty_model(source)
         plan = resolve_plan(plan, model)
         found = find_tensors(source)
-        names = names_in_files(model.state_dict().keys(), found, model.base_model_prefix)
-        place = {stored: name for name, stored in names.items()}
+        places, parts = place_tensors(model, found)
+        place = {part: part for part in parts} | {stored: name for name, stored in places.items()}
         tensors = {
             place[stored]: (file, stored, shape, dtype)
             for stored, (file, shape, dtype) in found.items()
             if stored in place
         }
         left_out = [stored for stored in found if stored not in place]
-        require_tensors(model, {name: (file, shape, dtype) for name, (file, _, shape, dtype) in tensors.items()})
+        require_tensors(model, {name: (file, shape, dtype) for name, (file, _, shape, dtype) in tensors.items()}, parts)
+        if made := [layer for layer in plan.layers if f"{layer}.weight" not in tensors]:
+            raise CheckpointError(
+                f"{source} holds the weights of {len(made)} layers in other tensors, of which transformers makes them, first "
+                f"{made[0]!r}: quantise it by from_pretrained(..., quantization_config=FlexQConfig(...)) and save_pretrained"
+            )
         return cls(config, model, plan, scales, tensors, tuple(left_out))
 
     @property

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flexq_core.files.tensors import INDEX, TensorError, find_tensors, names_in_files, read_index, read_tensor
+from flexq_core.files.names import place_tensors
+from flexq_core.files.tensors import INDEX, TensorError, find_tensors, read_index, read_tensor
 from flexq_core.quant.layers import decoder_blocks
 
 
@@ -38,8 +39,8 @@ class ModelOnDisk:
         self.model = model.eval().requires_grad_(False)
         self.device = torch.device(device)
         self.blocks = decoder_blocks(model)
-        names = model.state_dict().keys()
-        self._stored = {n: n for n in names} | names_in_files(names, self._tensors, model.base_model_prefix)
+        places, parts = place_tensors(model, self._tensors)
+        self._stored, self._made = {name: name for name in model.state_dict()} | places, set(parts.values())
         self._load_the_rest()
 
     def _load_the_rest(self) -> None:
@@ -69,6 +70,11 @@ class ModelOnDisk:
     def _require(self, names: Iterable[str], state: dict[str, Tensor]) -> None:
         for name in names:
             stored, shape = self._stored[name], list(state[name].shape)
+            if name in self._made:
+                raise TensorError(
+                    f"the weights in {self.folder} hold {name!r} in several tensors, which transformers puts together when it "
+                    "loads a whole model, and this one is read block by block: load all of it at once"
+                )
             if stored not in self._tensors:
                 home = read_index(self.folder).get(stored)
                 raise TensorError(

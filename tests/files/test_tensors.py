@@ -17,7 +17,6 @@ from flexq_core.files.tensors import (
     TensorError,
     find_tensors,
     headers,
-    names_in_files,
     open_file,
     read_tensor,
 )
@@ -41,27 +40,6 @@ def test_every_tensor_is_what_safetensors_reads(tmp_path):
         assert torch.equal(found.flatten().view(torch.uint8), tensor.flatten().view(torch.uint8))
         found.zero_()  # it is the caller's
     assert torch.equal(read_tensor(tmp_path / "file", "one"), tensors["one"])
-
-
-@pytest.mark.parametrize(
-    ("stored", "found"),
-    [
-        (["model.norm", "lm_head"], {"model.norm": "model.norm", "lm_head": "lm_head"}),
-        (["norm", "lm_head"], {"model.norm": "norm", "lm_head": "lm_head"}),  # saved from the base
-        (["model.norm", "model.lm_head"], {"model.norm": "model.norm", "lm_head": "model.lm_head"}),
-        (["model.norm", "norm", "lm_head", "model.lm_head"], {"model.norm": "model.norm", "lm_head": "lm_head"}),
-        (["model.model.norm"], {"model.norm": "model.model.norm"}),
-        (["rotary.inv_freq", "norms"], {}),
-        ([], {}),
-    ],
-)
-def test_names_in_files_with_and_without_the_prefix_of_the_models_base(stored, found):
-    assert names_in_files(["model.norm", "lm_head"], stored, "model") == found
-
-
-def test_a_tensor_that_is_missing_is_not_another_one_of_a_similar_name():
-    assert names_in_files(["model.norm", "norm"], ["norm"], "model") == {"norm": "norm"}
-    assert names_in_files(["model.norm", "norm"], ["model.norm"], "model") == {"model.norm": "model.norm"}
 
 
 def test_what_cannot_be_read_is_named(tmp_path):

@@ -15,7 +15,7 @@ from flexq_core.quant import PlanError
 from flexq_core.runtime.checkpoint import verify
 from flexq_core.runtime.checkpoint_format import CheckpointError, metadata
 from flexq_core.runtime.quantize_files import quantize_files
-from tests.models import logits, save_model, tiny_model
+from tests.models import CONVERTED, logits, save_model, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +164,15 @@ def test_saved_again_it_is_the_same_bit_for_bit(saved, tmp_path):
     for name in files:
         a, b = (load_file(tmp_path / folder / name) for folder in ("again", "third"))
         assert a.keys() == b.keys() and all(torch.equal(a[tensor], b[tensor]) for tensor in a)
+
+
+@pytest.mark.parametrize("architecture", CONVERTED)
+@pytest.mark.parametrize("as_released", [True, False])
+def test_every_tensor_that_is_saved_under_another_name_has_its_checksum(architecture, as_released, tmp_path, recwarn):
+    quantised = flexq_core.quantize_model(tiny_model(architecture), "flexq")
+    quantised.save_pretrained(tmp_path, save_original_format=as_released)
+    assert torch.equal(logits(flexq_core.load(tmp_path, dtype=torch.float32)), logits(quantised))
+    assert not [each for each in recwarn if "checksum" in str(each.message)]
 
 
 def test_what_quantize_model_made_is_saved_and_its_checksums_are_checked(tmp_path):

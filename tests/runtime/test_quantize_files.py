@@ -19,7 +19,7 @@ from flexq_core.runtime.checkpoint_format import CheckpointError
 from flexq_core.runtime.convert import linear_weight_bytes
 from flexq_core.runtime.quantize_files import quantize_files
 from flexq_core.sources.demo import demo_path
-from tests.models import CONFIGS, logits, save_model, tiny_model
+from tests.models import CONFIGS, CONVERTED, logits, save_model, tiny_model
 
 IDS = torch.arange(3, 15)[None]
 
@@ -37,7 +37,7 @@ def source(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", [*CONFIGS, *CONVERTED])
 def test_every_architecture_is_kept_and_computes_as_if_quantised_in_memory(architecture, tmp_path):
     model = tiny_model(architecture)
     written = quantize_files(save_model(model, tmp_path / "source"), tmp_path / "out", "flexq")
@@ -131,6 +131,15 @@ def test_names_without_the_models_prefix_and_tensors_it_does_not_use(tmp_path):
     written = quantize_files(tmp_path / "source", tmp_path / "out", "flexq")
     assert written.left_out == ("layers.0.self_attn.rotary_emb.inv_freq",)
     assert same_tensors(flexq_core.load(tmp_path / "out"), flexq_core.quantize_model(model, "flexq"))
+
+
+def test_an_expert_that_is_lost_is_missed(tmp_path):
+    source = save_model(tiny_model("mixtral"), tmp_path / "source", max_shard_size="1GB")
+    tensors = load_file(source / SINGLE_FILE)
+    del tensors["model.layers.0.block_sparse_moe.experts.1.w2.weight"]
+    save_file(tensors, source / SINGLE_FILE)
+    with pytest.raises(CheckpointError, match="1 tensors are missing, first 'model.layers.0.mlp.experts.down_proj'"):
+        quantize_files(source, tmp_path / "out")
 
 
 class Killed(BaseException):

@@ -34,7 +34,7 @@ def test_only_what_is_in_no_block_has_weights():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", [*CONFIGS, "gpt-neox"])
 def test_every_tensor_equals_what_transformers_loads_from_shards(tmp_path, architecture, dtype):
     folder = saved(tmp_path, tiny_model(architecture).half(), max_shard_size="50KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
@@ -59,6 +59,12 @@ def test_weights_that_were_saved_without_their_head_are_found(tmp_path):
     name = "model.layers.1"
     for key, value in loaded.load_block(name).state_dict().items():
         assert torch.equal(value, model.state_dict()[f"{name}.{key}"])
+
+
+def test_experts_that_files_hold_one_by_one_are_told(tmp_path):
+    folder = saved(tmp_path, tiny_model("mixtral"))
+    with pytest.raises(ModelError, match=r"hold 'model\.layers\.\d.mlp\.experts\.\w+' in several tensors"):
+        load_model(folder, blocks_on_disk=True)
 
 
 def without(tensors, name):
