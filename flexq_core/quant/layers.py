@@ -18,6 +18,17 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def matrices_left(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a model's blocks multiply by besides `linear_layers`, by full name: experts kept as one parameter, say."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    taken = {f"{name}.weight" for name in linear_layers(model)}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and name not in taken and any(name.startswith(f"{blocks}.") for blocks in lists)
+    }
+
+
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The blocks of a decoder, in the order they run, by full name; ValueError unless it has exactly one list of them."""
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from flexq_core.quant.layers import linear_layers, linears_of_block
+from flexq_core.quant.layers import linear_layers, linears_of_block, matrices_left
 from flexq_core.quant.plan import RULES, PlanError, PrecisionPlan
 from flexq_core.quant.quantize import require_scales
 from flexq_core.runtime.calibration import input_moments
@@ -19,13 +20,21 @@ from flexq_core.runtime.linear import FlexQLinear
 def resolve_plan(plan: PrecisionPlan | str | Path, model: nn.Module) -> PrecisionPlan:
     """The plan for this model: a rule by name, a plan file (`*.json`), or a plan as it is.
 
-    Raises PlanError for an unknown rule, a file that is absent or not a plan, or a plan that does not fit the model.
+    Raises PlanError for an unknown rule, a file that is absent or not a plan, or a plan that does not fit the model. Warns of
+    weights in its blocks that no plan can name.
     """
     layers = linear_layers(model)
     if not layers:
         if any(isinstance(module, FlexQLinear) for module in model.modules()):
             raise PlanError("the model is quantised already; start from the original")
         raise PlanError(f"{type(model).__name__} has no nn.Linear inside its blocks: nothing to quantise")
+    if left := matrices_left(model):
+        weights, of = (sum(each.numel() for each in parameters) for parameters in (left.values(), model.parameters()))
+        warnings.warn(
+            f"{weights:,} of the {of:,} weights of this {type(model).__name__} ({weights / of:.1%}) are in its blocks but in no "
+            f"nn.Linear, and are not quantised, first {next(iter(left))!r}",
+            stacklevel=2,
+        )
     if not isinstance(plan, PrecisionPlan):
         if str(plan) in RULES:
             return PrecisionPlan.from_rule(str(plan), layers)

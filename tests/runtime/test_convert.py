@@ -99,6 +99,17 @@ def test_models_that_cannot_be_quantised_say_why():
         quantize_model(model, "w6a6")
 
 
+def test_experts_that_are_no_linear_layers_are_told_once(recwarn):
+    model = tiny_model("mixtral")
+    quantize_model(model, "w6a6")
+    (told,) = [str(each.message) for each in recwarn if "not quantised" in str(each.message)]
+    left = sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name)
+    assert told.startswith(f"{left:,} of the {sum(p.numel() for p in model.parameters()):,} weights of this Mixtral")
+    assert "first 'model.layers.0.mlp.gate.weight'" in told
+    quantize_model(tiny_model("gpt-neox"), "w6a6")
+    assert len([each for each in recwarn if "not quantised" in str(each.message)]) == 1
+
+
 def test_generation_and_compile_work_on_the_quantised_model():
     model = quantize_model(tiny_model("llama-3"), "flexq")
     ids = torch.randint(3, 96, (1, 5))
