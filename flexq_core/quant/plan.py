@@ -89,10 +89,7 @@ class PrecisionPlan:
     @classmethod
     def from_rule(cls, rule: str, layers: Iterable[str], group_size: int = GROUP_SIZE) -> PrecisionPlan:
         """The plan that a rule (`w6a6`, `w6a8`, `flexq`) makes for these layer names; PlanError for another rule."""
-        if rule not in RULES:
-            nearest = get_close_matches(str(rule), RULES, n=1)
-            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-            raise PlanError(f"no plan rule is called {rule!r}{hint}; accepted: {', '.join(RULES)}")
+        require_rule(rule)
         return cls(rule, {layer: RULES[rule](layer) for layer in layers}, group_size)
 
     @classmethod
@@ -153,6 +150,14 @@ class PrecisionPlan:
                 f"plan {self.name!r} does not fit the model: it leaves out {len(missing)} of its {len(present)} "
                 f"layers, first {missing[0]!r}"
             )
+
+
+def require_rule(rule: str) -> None:
+    """Raise PlanError, which names the nearest, unless a rule has this name."""
+    if rule not in RULES:
+        nearest = get_close_matches(str(rule), RULES, n=1)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        raise PlanError(f"no plan rule is called {rule!r}{hint}; accepted: {', '.join(RULES)}")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

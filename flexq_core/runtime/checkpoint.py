@@ -15,6 +15,7 @@ from torch import nn
 from flexq_core.files.names import place_tensors
 from flexq_core.files.tensors import find_tensors, headers, read_tensor
 from flexq_core.quant.plan import PrecisionPlan
+from flexq_core.runtime import ops
 from flexq_core.runtime.checkpoint_format import (
     METHOD,
     CheckpointError,
@@ -39,10 +40,12 @@ def load(folder: str | Path, *, backend: str = "auto", **options: Any) -> Any:
     options: for transformers' `from_pretrained`, such as `dtype`, `device_map` or `distributed_config`.
     Raises CheckpointError, which says what to do, for a folder that is no such checkpoint, a newer format, pickled weights,
     a file that is absent or cut off, a tensor that is missing, unexpected, of the wrong shape or altered; PlanError for
-    a plan that does not fit the model.
+    a plan that does not fit the model; ValueError for a backend of no such name or a GPU where there is none.
     """
     from transformers import AutoModelForCausalLM
 
+    ops.require_backend(backend)
+    _require_device(options.get("device_map"))
     folder = Path(folder).expanduser()
     verify(folder)
     model, found = AutoModelForCausalLM.from_pretrained(
@@ -54,6 +57,17 @@ def load(folder: str | Path, *, backend: str = "auto", **options: Any) -> Any:
         if isinstance(module, FlexQLinear):
             module.backend = backend
     return model
+
+
+def _require_device(device_map: Any) -> None:
+    """Raise ValueError for a GPU that is not there, before anything is read; what a map may be is transformers' to say."""
+    places = device_map.values() if isinstance(device_map, dict) else (device_map,)
+    wanted = [place for place in places if isinstance(place, int) or str(place).startswith("cuda")]
+    if wanted and not torch.cuda.is_available():
+        raise ValueError(
+            f"device_map asks for {wanted[0]!r}, and torch finds no CUDA GPU here: give 'cpu', or see what "
+            "`python -m flexq_core doctor` says of this machine"
+        )
 
 
 @checkpoint_errors()

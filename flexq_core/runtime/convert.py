@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flexq_core.quant.layers import linear_layers, linears_of_block, matrices_left
-from flexq_core.quant.plan import RULES, PlanError, PrecisionPlan
+from flexq_core.quant.plan import PlanError, PrecisionPlan, require_rule
 from flexq_core.quant.quantize import require_scales
+from flexq_core.runtime import ops
 from flexq_core.runtime.calibration import input_moments
 from flexq_core.runtime.linear import FlexQLinear
 
@@ -35,14 +36,21 @@ def resolve_plan(plan: PrecisionPlan | str | Path, model: nn.Module) -> Precisio
             f"nn.Linear, and are not quantised, first {next(iter(left))!r}",
             stacklevel=2,
         )
+    plan = plan_or_rule(plan)
     if not isinstance(plan, PrecisionPlan):
-        if str(plan) in RULES:
-            return PrecisionPlan.from_rule(str(plan), layers)
-        if Path(plan).suffix != ".json":
-            return PrecisionPlan.from_rule(str(plan), layers)  # raises, and names the nearest rule
-        plan = read_plan(plan)
+        return PrecisionPlan.from_rule(plan, layers)
     plan.require_fit(layers)
     return plan
+
+
+def plan_or_rule(plan: PrecisionPlan | str | Path) -> PrecisionPlan | str:
+    """A plan as it is or from its file, or the name of a rule, which makes one for a model; PlanError where it is neither."""
+    if isinstance(plan, PrecisionPlan):
+        return plan
+    if Path(plan).suffix == ".json":
+        return read_plan(plan)
+    require_rule(str(plan))
+    return str(plan)
 
 
 def read_plan(path: str | Path) -> PrecisionPlan:
@@ -77,10 +85,11 @@ def quantize_model(
     Layers are quantised one at a time. What is not quantised (embeddings, norms, head) shares its memory with `model`, so
     that the new model costs only its packed weights; delete `model` to free the originals. `save_pretrained` of the new model
     writes a 6-bit checkpoint (runtime/checkpoint_format.py).
-    Raises PlanError for a plan that does not fit, ValueError for a weight that is not finite (names the layer), for other
-    scales, or for a calibration text that is missing or not wanted.
+    Raises PlanError for a plan that does not fit, ValueError for a weight that is not finite (names the layer), for another
+    backend or other scales, or for a calibration text that is missing or not wanted.
     """
     plan = resolve_plan(plan, model)
+    ops.require_backend(backend)
     require_scales(scales)
     if (calibration is None) == (scales == "output"):
         given = "no calibration text" if calibration is None else "a calibration text"

@@ -28,7 +28,7 @@ from flexq_core.quant.plan import PrecisionPlan
 from flexq_core.quant.quantize import quantize_weight
 from flexq_core.quant.spec import require_whole_groups
 from flexq_core.runtime.checkpoint_format import METHOD, VERSION, checksums, metadata, require_version
-from flexq_core.runtime.convert import empty_layers_in_place, resolve_plan
+from flexq_core.runtime.convert import empty_layers_in_place, plan_or_rule, resolve_plan
 from flexq_core.runtime.linear import FlexQLinear, packed_parameters
 
 
@@ -37,7 +37,7 @@ class FlexQConfig(QuantizationConfigMixin):
     """How a model is quantised, for `from_pretrained(..., quantization_config=...)` and in a checkpoint's config.json.
 
     plan: `w6a6`, `w6a8`, `flexq`, a plan file (`*.json`), a PrecisionPlan, or one as a dictionary (as config.json has it).
-    Raises PlanError for what is no plan, CheckpointError for a format version that this release cannot read.
+    Raises PlanError for what is no plan or no rule's name, CheckpointError for a format version that this release cannot read.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class FlexQConfig(QuantizationConfigMixin):
             raise TypeError(f"FlexQConfig has no {', '.join(map(repr, unknown))}; accepted: plan")
         self.quant_method = quant_method
         self.format_version = format_version
-        self.plan = PrecisionPlan.from_dict(plan) if isinstance(plan, dict) else plan
+        self.plan = PrecisionPlan.from_dict(plan) if isinstance(plan, dict) else plan_or_rule(plan)
 
     def to_dict(self) -> dict[str, Any]:
-        plan = self.plan.to_dict() if isinstance(self.plan, PrecisionPlan) else str(self.plan)
+        plan = self.plan.to_dict() if isinstance(self.plan, PrecisionPlan) else self.plan
         return {"quant_method": self.quant_method, "format_version": self.format_version, "plan": plan}
 
     def to_diff_dict(self) -> dict[str, Any]:

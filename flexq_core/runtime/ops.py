@@ -179,10 +179,9 @@ def resolve_backend(
     it is `bmma`. The kernel is compiled where it can be, and where it cannot `auto` says once why.
     Raises ValueError for an unknown backend, or one that cannot run there (says why, and which remain).
     """
+    require_backend(backend)
     if backend in ("reference", "simulate"):
         return backend
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; accepted: {', '.join(BACKENDS)}")
     device = torch.device(device)
     wanted = backend
     if backend == "auto":
@@ -265,6 +264,12 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "simulate": _run_simulate,
 }
 BACKENDS = tuple(_BACKENDS)
+
+
+def require_backend(backend: str) -> None:
+    """Raise ValueError unless a backend has this name; whether it runs here is asked when it does."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; accepted: {', '.join(BACKENDS)}")
 
 
 def _require_fit(x, weight, weight_scale, weight_exponent, bias, weight_bits, activation_bits, group_size) -> None:

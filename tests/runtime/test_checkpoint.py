@@ -224,3 +224,12 @@ def test_checksums_are_of_type_shape_and_bytes(saved):
 def test_the_backend_is_the_one_asked_for(saved):
     model = flexq_core.load(saved, backend="simulate")
     assert model.model.layers[0].mlp.up_proj.backend == "simulate"
+
+
+def test_a_backend_of_no_such_name_or_a_gpu_that_is_not_there_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="backend is 'cpuu'; accepted: auto, reference, cpu"):
+        flexq_core.load(tmp_path / "nowhere", backend="cpuu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device_map in ("cuda", 0, torch.device("cuda", 1), {"": "cuda:0", "lm_head": "cpu"}):
+        with pytest.raises(ValueError, match="and torch finds no CUDA GPU here: give 'cpu'"):
+            flexq_core.load(tmp_path / "nowhere", device_map=device_map)

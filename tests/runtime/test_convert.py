@@ -91,6 +91,8 @@ def test_models_that_cannot_be_quantised_say_why():
     model = tiny_model("llama")
     with pytest.raises(PlanError, match="quantised already"):
         quantize_model(quantize_model(model, "w6a6"), "w6a6")
+    with pytest.raises(ValueError, match="backend is 'cpuu'; accepted: auto, reference"):
+        quantize_model(model, "w6a6", backend="cpuu")
     with pytest.raises(PlanError, match="Linear has no nn.Linear inside its blocks"):
         quantize_model(nn.Linear(4, 4), "w6a6")
     with torch.no_grad():

@@ -48,9 +48,12 @@ def test_quantised_on_the_fly_it_is_what_quantize_model_makes(source, tmp_path, 
 def test_plans_that_do_not_fit_are_refused(source):
     with pytest.raises(TypeError, match="FlexQConfig has no 'pln'; accepted: plan"):
         flexq_core.FlexQConfig(pln="w6a6")
-    for plan, text in (("flexk", "did you mean 'flexq'"), (PrecisionPlan.from_rule("w6a6", ["a"]), "does not fit")):
+    for plan, text in (("flexk", "did you mean 'flexq'"), ("nowhere.json", "cannot read the plan 'nowhere.json'")):
         with pytest.raises(PlanError, match=text):
-            AutoModelForCausalLM.from_pretrained(source, quantization_config=flexq_core.FlexQConfig(plan=plan))
+            flexq_core.FlexQConfig(plan)
+    other = flexq_core.FlexQConfig(PrecisionPlan.from_rule("w6a6", ["a"]))
+    with pytest.raises(PlanError, match="does not fit"):
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
