@@ -68,7 +68,7 @@ def read_index(folder: Path) -> dict[str, str]:
     if index.is_file():
         try:
             placed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise TensorError(f"{index} is no index of weights ({error!r}): copy or download it again") from error
         for file in placed.values():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):

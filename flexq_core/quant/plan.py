@@ -46,7 +46,7 @@ class LayerPrecision:
     def __post_init__(self) -> None:
         for field, accepted in (("weight_bits", WEIGHT_BITS), ("activation_bits", ACTIVATION_BITS)):
             value = getattr(self, field)
-            if isinstance(value, bool) or value not in accepted:
+            if type(value) is not int or value not in accepted:
                 raise PlanError(f"{field} is {value!r}; accepted: {', '.join(map(str, accepted))}")
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ class PrecisionPlan:
         """Read a plan; PlanError says what is wrong, and where."""
         try:
             data = json.loads(text, object_pairs_hook=_without_duplicates)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise PlanError(f"the plan is not JSON: {error}") from error
         return cls.from_dict(data)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from flexq_core.files.names import place_tensors
 from flexq_core.files.tensors import find_tensors, headers, read_tensor
-from flexq_core.quant.plan import PrecisionPlan
+from flexq_core.quant.plan import PlanError, PrecisionPlan
 from flexq_core.runtime import ops
 from flexq_core.runtime.checkpoint_format import (
     METHOD,
@@ -45,6 +45,8 @@ def load(folder: str | Path, *, backend: str = "auto", **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     ops.require_backend(backend)
+    if "device" in options:
+        raise TypeError(f"load has no 'device'; accepted: device_map={str(options['device'])!r}")
     _require_device(options.get("device_map"))
     folder = Path(folder).expanduser()
     verify(folder)
@@ -85,7 +87,10 @@ def verify(folder: Path) -> None:
             f"`python -m flexq_core quantize {folder} <out>`"
         )
     require_version(quantization.get("format_version"))
-    plan = PrecisionPlan.from_dict(quantization.get("plan"))
+    try:
+        plan = PrecisionPlan.from_dict(quantization.get("plan"))
+    except PlanError as error:
+        raise PlanError(f"{folder / 'config.json'}: {error}") from error
     model = empty_model(folder)
     resolve_plan(plan, model)
     empty_layers_in_place(model, plan)
@@ -105,9 +110,7 @@ def empty_model(folder: Path) -> nn.Module:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # what odd values of a configuration end in has no common base
         raise CheckpointError(f"{folder / 'config.json'} describes no causal language model: {error}") from error
 
 

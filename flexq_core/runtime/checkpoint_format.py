@@ -81,20 +81,27 @@ def read_metadata(file: Path) -> dict[str, Any]:
     with open_file(file) as opened:
         text = (opened.metadata() or {}).get(METHOD)
     try:
-        return json.loads(text) if text else {"sha256": {}}
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file}: its checksums cannot be read ({error}); copy the file again") from error
+        saved = json.loads(text) if text else {"sha256": {}}
+        if not isinstance(saved["sha256"], dict):
+            raise TypeError("sha256 is no object")
+        return saved
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{file}: its checksums cannot be read ({error!r}); copy the file again") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json; CheckpointError where it is absent or broken."""
+    """config.json, in which `quantization_config` is an object or nothing; CheckpointError where it is absent or broken."""
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} has no config.json: it is not a transformers model")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON ({error}): copy it again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is not a JSON object: copy it again")
+    if not isinstance(config.get("quantization_config"), dict | None):
+        raise CheckpointError(
+            f"{file}: its quantization_config is {config['quantization_config']!r}; accepted: an object"
+        )
     return config

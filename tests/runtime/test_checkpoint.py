@@ -126,8 +126,11 @@ def test_plans_and_formats_that_do_not_fit(copy):
     refused(copy, r"is U8 of shape \[176, 96\]; accepted: U8 of shape \[176, 128\]")
     edit_config(copy, plan=plan | {"group_size": 32})
     refused(copy, "accepted: .* of shape")
+    odd = {"weight_bits": 6.0, "activation_bits": 6}
+    edit_config(copy, plan=plan | {"layers": plan["layers"] | {"model.layers.0.mlp.up_proj": odd}})
+    refused(copy, "config.json: layer 'model.layers.0.mlp.up_proj': weight_bits is 6.0; accepted: 2, 3", PlanError)
     edit_config(copy, plan="flexq")
-    refused(copy, "the plan must be a JSON object", PlanError)
+    refused(copy, "config.json: the plan must be a JSON object", PlanError)
     edit_config(copy, plan=plan, format_version=2)
     refused(copy, "has format 2, newer than this release of flexq-core, which reads up to format 1: install a newer")
     from transformers import AutoModelForCausalLM
@@ -140,14 +143,35 @@ def test_plans_and_formats_that_do_not_fit(copy):
     refused(copy, "is no 6-bit checkpoint .*'gptq'.*python -m flexq_core quantize")
 
 
+def test_what_config_and_headers_say_in_an_odd_form_is_refused(copy, tmp_path):
+    file = file_of(copy, "model.layers.0.mlp.up_proj.weight")
+    whole, tensors = file.read_bytes(), load_file(file)
+    for odd in ("{", "[]", "{}", '{"sha256": 3}', "[" * 10**5):
+        save_file(tensors, file, metadata={"format": "pt", "flexq": odd})
+        refused(copy, f"{file.name}: its checksums cannot be read")
+    file.write_bytes(whole)
+    (copy / INDEX).write_text("[" * 10**5)
+    refused(copy, "is no index of weights")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": "flexq"}))
+    refused(copy, "config.json: its quantization_config is 'flexq'; accepted: an object")
+    with pytest.raises(CheckpointError, match="config.json: its quantization_config is 'flexq'"):
+        quantize_files(copy, tmp_path / "out")
+
+
 def test_folders_that_are_no_checkpoint(copy, tmp_path):
     refused(tmp_path / "nowhere", "is no folder")
     refused(tmp_path, "has no config.json")
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"model_type": "no-such"}))
     refused(copy, "describes no causal language model")
-    (copy / "config.json").write_text("[]")
-    refused(copy, "is not a JSON object")
+    (copy / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
+    refused(copy, "config.json describes no causal language model")
+    for text, told in (("[]", "not a JSON object"), ("{", "not JSON"), ("[" * 10**5, r"not JSON \(.*recursion")):
+        (copy / "config.json").write_text(text)
+        refused(copy, f"config.json is {told}")
+        with pytest.raises(CheckpointError, match=f"config.json is {told}"):
+            quantize_files(copy, tmp_path / "out")
 
 
 def test_saved_again_it_is_the_same_bit_for_bit(saved, tmp_path):
@@ -229,6 +253,8 @@ def test_the_backend_is_the_one_asked_for(saved):
 def test_a_backend_of_no_such_name_or_a_gpu_that_is_not_there_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="backend is 'cpuu'; accepted: auto, reference, cpu"):
         flexq_core.load(tmp_path / "nowhere", backend="cpuu")
+    with pytest.raises(TypeError, match="load has no 'device'; accepted: device_map='cuda'"):
+        flexq_core.load(tmp_path / "nowhere", device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device_map in ("cuda", 0, torch.device("cuda", 1), {"": "cuda:0", "lm_head": "cpu"}):
         with pytest.raises(ValueError, match="and torch finds no CUDA GPU here: give 'cpu'"):
