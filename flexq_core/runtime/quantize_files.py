@@ -352,10 +352,21 @@ def _require_free(out: Path) -> None:
     if out.is_symlink() or out.resolve().is_mount():  # of "." the parent is itself
         kind = "link" if out.is_symlink() else "mount point"
         raise CheckpointError(f"{out} is a {kind}, whose place no folder can take; accepted: a folder within it")
+    if _holds_checkpoint(out):
+        raise CheckpointError(
+            f"{out} holds a finished 6-bit checkpoint: use it (flexq_core.load), or give another folder, or delete it first"
+        )
     if out.is_dir() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty: give another folder, or delete it first")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; accepted: a folder that is absent or empty")
+
+
+def _holds_checkpoint(folder: Path) -> bool:
+    try:
+        return (read_config(folder).get("quantization_config") or {}).get("quant_method") == METHOD
+    except CheckpointError:
+        return False
 
 
 @contextmanager

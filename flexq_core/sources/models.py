@@ -67,7 +67,15 @@ def locate_model(name: str) -> str:
         if not (folder / "config.json").is_file():
             raise ModelError(f"the folder {name!r} holds no config.json: it is not a transformers model")
         return str(folder)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.exists():
+    if folder.exists():
+        raise ModelError(
+            f"{name!r} is a file; accepted: the folder of a model, with its config.json and safetensors weights"
+        )
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(
+            f"there is no folder {str(folder.absolute())!r}: check the path, or give a model's name or hub id"
+        )
+    if name.count("/") == 1:
         return name
     nearest = get_close_matches(name, known_models(), n=1, cutoff=0.4)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""

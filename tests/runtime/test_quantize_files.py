@@ -309,6 +309,14 @@ def test_what_cannot_be_written_is_refused(source, tmp_path, monkeypatch):
     assert not (tmp_path / "full").exists()
 
 
+def test_a_finished_checkpoint_in_the_way_is_told_as_one_and_left_alone(source, tmp_path):
+    out = quantize_files(source, tmp_path / "out").folder
+    before = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
+    with pytest.raises(CheckpointError, match="out holds a finished 6-bit checkpoint: use it"):
+        quantize_files(source, out)
+    assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == before
+
+
 def test_a_place_that_no_folder_can_take_is_refused_at_once(source, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("there")

@@ -24,7 +24,10 @@ def test_names_lead_to_places(tmp_path):
         ("no-such-model", r"no model is called 'no-such-model'.* Accepted: demo-llama, demo-opt, llama-7b"),
         ("demo-lama", "Did you mean 'demo-llama'"),
         ("lama-2-7b", "Did you mean 'llama-2-7b'"),
-        ("./nowhere", "no model is called"),
+        ("./nowhere", "there is no folder '/.*/nowhere': check the path"),
+        ("~/nowhere", "there is no folder '/.*/nowhere'"),
+        ("models/of/mine", "there is no folder '/.*/models/of/mine'"),
+        (__file__, "is a file; accepted: the folder of a model"),
     ],
 )
 def test_an_unknown_name_says_what_is_accepted(name, text):
