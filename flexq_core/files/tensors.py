@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,22 @@ def read_tensor(file: Path, name: str) -> Tensor:
     dtype = _DTYPES[entry["dtype"]]
     flat = torch.frombuffer(data, dtype=dtype) if math.prod(entry["shape"]) else torch.empty(0, dtype=dtype)
     return flat.view(entry["shape"])
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, the same bytes for the same contents: safetensors' own writer shuffles the metadata.
+
+    tensors: in this machine's memory, of types that `read_tensor` reads.  metadata: for the header.
+    """
+    stored = {dtype: name for name, dtype in _DTYPES.items()}
+    ordered = sorted(tensors.items(), key=lambda each: (-each[1].element_size(), each[0]))  # so that all are aligned
+    header, end = {"__metadata__": dict(sorted(metadata.items()))}, 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": stored[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy())

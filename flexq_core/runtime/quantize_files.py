@@ -22,13 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flexq_core.files.names import place_tensors
-from flexq_core.files.tensors import INDEX, SINGLE_FILE, find_tensors, headers, read_tensor
+from flexq_core.files.tensors import INDEX, SINGLE_FILE, find_tensors, headers, read_tensor, write_tensors
 from flexq_core.quant.packing import packed_bytes
 from flexq_core.quant.plan import LayerPrecision, PrecisionPlan
 from flexq_core.quant.quantize import dequantize, quantize_weight
@@ -231,8 +229,7 @@ class _Work:
         saved = {"version": VERSION, "inputs": inputs, "sqnr_db": sqnr_db}
         sha256 = checksums(tensors)
         unfinished = partial / f"{file.name}.tmp"
-        save_file(tensors, unfinished, metadata={"format": "pt", **metadata(sha256, **saved)})
-        unfinished.chmod(_file_mode())
+        write_tensors(unfinished, tensors, {"format": "pt", **metadata(sha256, **saved)})
         _sync(unfinished)
         os.replace(unfinished, partial / file.name)
         return {"sha256": sha256, **saved}
@@ -411,8 +408,7 @@ def _is_a_runs_own(path: Path) -> bool:
             return "inputs" in read_metadata(path)
         except CheckpointError:
             return False
-    unfinished = path.suffix == ".tmp" or path.name.startswith(".tmp")  # ours, or safetensors' within a save
-    return unfinished or any(path.match(pattern) for pattern in (*COPIED, "README.md"))
+    return path.suffix == ".tmp" or any(path.match(pattern) for pattern in (*COPIED, "README.md"))
 
 
 def _require_space(folder: Path, needed: int) -> None:
@@ -428,19 +424,12 @@ def _require_space(folder: Path, needed: int) -> None:
 def _clear_when_full(partial: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
             raise
         raise CheckpointError(
             f"the disk of {partial} is full: make room and run the same command again; finished files are kept"
         ) from error
-
-
-def _file_mode() -> int:
-    """Of a file that is written here in the ordinary way; safetensors makes its files private."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def _sync(path: Path) -> None:

@@ -7,13 +7,11 @@ import statistics
 import sys
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from flexq_core.quant.plan import RULES
 from flexq_core.runtime.quantize_files import FILE_SCALES, Written, quantize_files
 from flexq_core.sources.models import ModelError, model_folder
 
-_REFUSALS = (ModelError, OSError, ValueError, SafetensorError)
+_REFUSALS = (ModelError, OSError, ValueError)
 """What ends in one line of cause and next step; a CheckpointError and a PlanError are ValueErrors."""
 
 

@@ -19,6 +19,7 @@ from flexq_core.files.tensors import (
     headers,
     open_file,
     read_tensor,
+    write_tensors,
 )
 from tests.models import save_model, tiny_model
 
@@ -40,6 +41,21 @@ def test_every_tensor_is_what_safetensors_reads(tmp_path):
         assert torch.equal(found.flatten().view(torch.uint8), tensor.flatten().view(torch.uint8))
         found.zero_()  # it is the caller's
     assert torch.equal(read_tensor(tmp_path / "file", "one"), tensors["one"])
+
+
+def test_what_is_written_is_what_safetensors_reads_whatever_the_order_it_was_given_in(tmp_path):
+    tensors = {f"x{dtype}": torch.randn(3, 5).to(dtype) for dtype in FLOATS} | {"é": torch.randn(4, 2).T}
+    tensors |= {"bool": torch.tensor([True, False]), "none": torch.empty(0, 4), "one": torch.tensor(2.5)}
+    metadata = {"of": 'a "test"', "a": "é"}
+    write_tensors(tmp_path / "file", tensors, metadata)
+    with open_file(tmp_path / "file") as header:
+        assert header.metadata() == metadata
+    for name, found in load_file(tmp_path / "file").items():
+        assert (found.dtype, found.shape) == (tensors[name].dtype, tensors[name].shape)
+        assert torch.equal(found.float(), tensors[name].float())
+    turned = [dict(reversed(given.items())) for given in (tensors, metadata)]
+    write_tensors(tmp_path / "turned", *turned)
+    assert (tmp_path / "turned").read_bytes() == (tmp_path / "file").read_bytes()
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
