@@ -34,7 +34,7 @@ def resolve_plan(plan: PrecisionPlan | str | Path, model: nn.Module) -> Precisio
         warnings.warn(
             f"{weights:,} of the {of:,} weights of this {type(model).__name__} ({weights / of:.1%}) are in its blocks but in no "
             f"nn.Linear, and are not quantised, first {next(iter(left))!r}",
-            stacklevel=2,
+            stacklevel=1,  # one place, so that it is told once
         )
     plan = plan_or_rule(plan)
     if not isinstance(plan, PrecisionPlan):
