@@ -89,8 +89,8 @@ def quantize_files(
     scales: how weights' scales are chosen, `absmax` or `mse` (quant/scales.py).  name: of the model, for the card.
     progress: show a bar, one step a tensor.
     Raises CheckpointError for a source that is incomplete, pickled, quantised or no causal language model, for an `out` that
-    is taken, and where the disk is full; PlanError for a plan that does not fit; ValueError for a weight that is not
-    finite (names the layer). What was finished before is kept in `<out>.partial` for the next run.
+    is taken, and where the disk is full; PlanError for a plan that does not fit; ValueError for a tensor that is not
+    finite (names it). What was finished before is kept in `<out>.partial` for the next run.
     """
     source, out = source.resolve(), out.absolute()
     _require_free(out)
@@ -216,6 +216,7 @@ class _Work:
             tensor = read_tensor(file, self.tensors[name][1])
             bits, layer = self.precision(name), name.removesuffix(".weight")
             if bits is None:
+                _require_finite(tensor, name, file)
                 tensors[name] = tensor
             else:
                 try:
@@ -245,6 +246,15 @@ class _Work:
             layer_bytes=sum(self.bytes_of(file, layers_only=True) for file in self.files),
             original_bytes=sum(math.prod(shape) * _width(dtype) for _, _, shape, dtype in weights),
             left_out=self.left_out,
+        )
+
+
+def _require_finite(tensor: Tensor, name: str, file: Path) -> None:
+    wrong = int(tensor.numel() - torch.isfinite(tensor).sum())
+    if wrong:
+        raise ValueError(
+            f"{name!r} in {file} has {wrong} values that are not finite, of {tensor.numel()}: copy or download the file again, "
+            "or take another model"
         )
 
 

@@ -149,6 +149,20 @@ def test_an_expert_that_is_lost_is_missed(tmp_path):
         quantize_files(source, tmp_path / "out")
 
 
+def test_a_norm_or_an_embedding_that_is_not_finite_is_not_copied(tmp_path):
+    source = save_model(tiny_model("llama"), tmp_path / "source", max_shard_size="1GB")
+    whole = load_file(source / SINGLE_FILE)
+    for name, value in (("model.norm.weight", float("nan")), ("model.embed_tokens.weight", -float("inf"))):
+        tensors = {key: tensor.clone() for key, tensor in whole.items()}
+        tensors[name][-1] = value
+        save_file(tensors, source / SINGLE_FILE)
+        with pytest.raises(
+            ValueError, match=f"'{name}' in .*{SINGLE_FILE} has {tensors[name][-1].numel()} values that"
+        ):
+            quantize_files(source, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
 class Killed(BaseException):
     """What no handler expects."""
 
