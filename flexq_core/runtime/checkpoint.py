@@ -103,13 +103,19 @@ def verify(folder: Path) -> None:
 
 
 def empty_model(folder: Path) -> nn.Module:
-    """The unquantised model of a folder's config.json, without weights (on the meta device)."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The unquantised model of a folder's config.json, without weights (on the meta device). Code beside it is not run."""
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+    described = read_config(folder)
+    if "auto_map" in described and (kind := str(described.get("model_type"))) not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{folder} is a {kind!r}, which transformers knows by code in that folder alone, and such code is not run here: "
+            "where you trust it, use from_pretrained(..., trust_remote_code=True); quantization_config=FlexQConfig(...) quantises"
+        )
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # what odd values of a configuration end in has no common base
         raise CheckpointError(f"{folder / 'config.json'} describes no causal language model: {error}") from error
 

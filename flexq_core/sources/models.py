@@ -128,7 +128,7 @@ def load_model(
     itself they are then on the meta device.
     Raises ModelError, with the next step, for an unknown name, no network, a gated or absent repository, files that are
     not a causal language model, or one that is quantised already. Only safetensors weights are read: pickled ones could
-    run code.
+    run code, and no code that a model brings is run.
     """
     import transformers
 
@@ -137,13 +137,15 @@ def load_model(
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
     try:
-        _require_unquantised(name, transformers.AutoConfig.from_pretrained(place))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        _require_unquantised(name, transformers.AutoConfig.from_pretrained(place, trust_remote_code=False))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         if folder is not None:
             on_disk = ModelOnDisk(folder, device=device, dtype=dtype)
             model = on_disk.model
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                place, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
     except ModelError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError and others for the same causes
@@ -258,7 +260,7 @@ def _shape(name: str) -> Any:
             f"{', '.join(known_models())}, or a local folder with its config.json"
         )
     try:
-        return transformers.AutoConfig.from_pretrained(place)
+        return transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"cannot read the shape of {name!r} from its config.json: {reason}") from error

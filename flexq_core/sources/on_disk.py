@@ -32,10 +32,10 @@ class ModelOnDisk:
         from accelerate import init_empty_weights
 
         self.folder, self._tensors = folder, find_tensors(folder)
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         # Buffers are made for real: those that no file holds (rotary frequencies) are computed by the constructor.
         with init_empty_weights(include_buffers=False):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         self.model = model.eval().requires_grad_(False)
         self.device = torch.device(device)
         self.blocks = decoder_blocks(model)

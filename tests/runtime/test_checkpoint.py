@@ -159,6 +159,23 @@ def test_what_config_and_headers_say_in_an_odd_form_is_refused(copy, tmp_path):
         quantize_files(copy, tmp_path / "out")
 
 
+def test_code_that_a_model_brings_is_neither_run_nor_asked_about(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    (copy / "code.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    config = json.loads((copy / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (copy / "config.json").write_text(json.dumps(config))
+    flexq_core.load(copy)  # transformers' own model of that type
+    config["model_type"] = "mine"
+    (copy / "config.json").write_text(json.dumps(config))
+    refused(copy, r"is a 'mine', .* such code is not run here: where you trust it, use from_pretrained")
+    del config["quantization_config"]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="such code is not run here"):
+        quantize_files(copy, tmp_path / "out")
+    assert not (tmp_path / "run").exists()
+
+
 def test_folders_that_are_no_checkpoint(copy, tmp_path):
     refused(tmp_path / "nowhere", "is no folder")
     refused(tmp_path, "has no config.json")

@@ -1,5 +1,7 @@
 """Models by name: what is found, and one clear sentence with a next step for what is not."""
 
+import json
+
 import pytest
 import torch
 
@@ -50,6 +52,20 @@ def test_a_checkpoint_that_is_quantised_already_is_refused(tmp_path, blocks_on_d
         ModelError, match=r"is quantised already \(quant_method 'flexq'\).*: give the model that it was made from"
     ):
         load_model(str(tmp_path), blocks_on_disk=blocks_on_disk)
+
+
+@pytest.mark.parametrize("blocks_on_disk", [False, True])
+def test_code_that_a_model_brings_is_neither_run_nor_asked_about(blocks_on_disk, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    tiny_model("llama").save_pretrained(tmp_path)
+    for file in demo.demo_path("demo-llama").glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": code}))
+    with pytest.raises(ModelError, match="cannot load the model .* contains custom code"):
+        load_model(str(tmp_path), blocks_on_disk=blocks_on_disk)
+    assert not (tmp_path / "run").exists()
 
 
 def test_pickled_weights_are_not_read(tmp_path):
