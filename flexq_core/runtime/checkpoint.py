@@ -148,13 +148,17 @@ def require_tensors(
             "another plan; copy the checkpoint again or make it anew"
         )
     for name, (file, shape, dtype) in tensors.items():
-        if name in parts:
-            continue
-        wanted, (layer, _, leaf) = expected[name], name.rpartition(".")
+        wanted, (layer, _, leaf) = expected[parts.get(name, name)], name.rpartition(".")
+        fits = name in parts or shape == list(wanted.shape)
         types = FLOATS if wanted.is_floating_point() else (dtype,)
         if layer in packed and leaf in PACKED:
             types = (PACKED[leaf],)
-        if shape != list(wanted.shape) or dtype not in types:
+        if fits and dtype not in types and types == FLOATS:
+            raise CheckpointError(
+                f"{name!r} in {file} is of type {dtype}; accepted: {', '.join(types)}: save the original in one of these first "
+                "(model.to(torch.bfloat16).save_pretrained)"
+            )
+        if not fits or dtype not in types:
             raise CheckpointError(
                 f"{name!r} in {file} is {dtype} of shape {shape}; accepted: {' or '.join(types)} of shape {list(wanted.shape)}: "
                 "the weights and config.json are not of one checkpoint; copy it again or make it anew"

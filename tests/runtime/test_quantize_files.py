@@ -149,6 +149,17 @@ def test_an_expert_that_is_lost_is_missed(tmp_path):
         quantize_files(source, tmp_path / "out")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("name", ["layers.1.self_attn.q_proj", "layers.0.block_sparse_moe.experts.1.w2", "norm"])
+def test_a_type_that_is_not_read_is_named(name, dtype, tmp_path):
+    source = save_model(tiny_model("mixtral"), tmp_path / "source", max_shard_size="1GB")
+    name = f"model.{name}.weight"
+    tensors = load_file(source / SINGLE_FILE)
+    save_file(tensors | {name: tensors[name].to(dtype)}, source / SINGLE_FILE)
+    with pytest.raises(CheckpointError, match=f"'{name}' in .* is of type [FI].*; accepted: F32, F16, BF16: save"):
+        quantize_files(source, tmp_path / "out")
+
+
 def test_a_norm_or_an_embedding_that_is_not_finite_is_not_copied(tmp_path):
     source = save_model(tiny_model("llama"), tmp_path / "source", max_shard_size="1GB")
     whole = load_file(source / SINGLE_FILE)
