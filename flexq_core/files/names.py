@@ -23,12 +23,13 @@ def place_tensors(model: Any, stored: Collection[str]) -> tuple[dict[str, str], 
     conversions = get_model_conversion_mapping(model)
     kinds = [[each for each in conversions if isinstance(each, kind)] for kind in (WeightRenaming, WeightConverter)]
     whole, parts = {}, {}
-    for name in stored:
-        renamed, converter = (name, None) if name in names else rename_source_key(name, *kinds)
+    for name in sorted(set(stored) - names):  # some renamings look at what came before
+        renamed, converter = rename_source_key(name, *kinds)
         if converter is None:
             whole[renamed] = name
         else:
             parts[name] = renamed
+    whole |= {name: name for name in stored if name in names}  # its own name is more than one that is another's as well
     places = {name: whole[renamed] for name, renamed in names_in_files(names, whole, prefix).items()}
     targets = {renamed: name for name, renamed in names_in_files(names, set(parts.values()), prefix).items()}
     return places, {name: targets[renamed] for name, renamed in parts.items() if renamed in targets}

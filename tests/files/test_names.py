@@ -12,6 +12,8 @@ def test_tensors_that_transformers_renames_or_makes_of_others_have_a_place():
     with torch.device("meta"):
         neox, mixtral = (AutoModelForCausalLM.from_config(make()) for make in CONVERTED.values())
     assert place_tensors(neox, ["embed_out.weight", "other"]) == ({"lm_head.weight": "embed_out.weight"}, {})
+    both = ["lm_head.weight", "embed_out.weight"]
+    assert place_tensors(neox, both) == ({"lm_head.weight": "lm_head.weight"}, {})
     gate, expert = (f"model.layers.0.block_sparse_moe.{name}.weight" for name in ("gate", "experts.3.w2"))
     places = {"model.layers.0.mlp.gate.weight": gate}
     assert place_tensors(mixtral, [gate, expert]) == (places, {expert: "model.layers.0.mlp.experts.down_proj"})
