@@ -33,8 +33,8 @@ CHUNK_ROWS = 32
 MOST_NORM_FEATURES = 16384
 """That a block keeps in registers (norm_quantize.cu)."""
 
-MOST_ROW_GROUPS = 64
-"""Of one token, that a product quantises itself (w6ax_imma_row.cu)."""
+MOST_ROW_GROUPS, MOST_NORM_ROW_GROUPS = 224, 64
+"""Of one token, that a product quantises itself, without a norm and with one (w6ax_imma_row.cu)."""
 
 _BEFORE = {"numbers": 1, "rms_norm": 2, "layer_norm": 3}
 """What a product of one token can begin with (`Before` in layout.cuh)."""
@@ -340,13 +340,13 @@ def linear(
     return out
 
 
-def takes_row(tokens: int, features: int, dtype: torch.dtype) -> bool:
-    """Whether `imma`'s product of such activations can begin with their norm, if any, and quantisation; see `linear_of_row`."""
+def takes_row(tokens: int, features: int, dtype: torch.dtype, *, norm: bool = False) -> bool:
+    """Whether `imma`'s product can begin with the quantisation of such activations, or with their norm; see `linear_of_row`."""
     return (
         tokens == 1
         and dtype in (torch.float16, torch.bfloat16)
         and features % 4 == 0
-        and 0 < group_count(features) <= MOST_ROW_GROUPS
+        and 0 < group_count(features) <= (MOST_NORM_ROW_GROUPS if norm else MOST_ROW_GROUPS)
     )
 
 
@@ -382,10 +382,10 @@ def linear_of_row(
     vectors = {} if norm is None else {"weight": norm.weight} | ({} if norm.bias is None else {"bias": norm.bias})
     _require_quantizable(rows, activation_bits, "imma", vectors)
     outputs, groups = len(weight_exponent), chunks.shape[1]
-    if not takes_row(*x.shape, x.dtype) or groups != group_count(x.shape[1]):
+    if not takes_row(*x.shape, x.dtype, norm=norm is not None) or groups != group_count(x.shape[1]):
         raise ValueError(
             f"x is {x.dtype} of shape {tuple(x.shape)}, for weights of {groups} groups; accepted: one token in half "
-            f"precision, of up to {MOST_ROW_GROUPS} groups and a multiple of 4 features"
+            f"precision, of a multiple of 4 features in up to {MOST_ROW_GROUPS} groups, with a norm {MOST_NORM_ROW_GROUPS}"
         )
     if norm is None and residual is not None:
         raise ValueError("a residual is added before a norm; accepted without one: None")

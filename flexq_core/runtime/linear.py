@@ -194,7 +194,7 @@ class FlexQLinear(nn.Module):
     def takes_norm(self, x: Tensor) -> bool:
         """Whether x [M, in_features] can be given to `forward_norm`: one token, whose product begins with its norm."""
         self.prepare()
-        return self._takes_rows and cuda.takes_row(*x.shape, x.dtype)
+        return self._takes_rows and cuda.takes_row(*x.shape, x.dtype, norm=True)
 
     def forward_norm(self, x: Tensor, norm: cuda.Norm, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The product with the norm of h = x + residual, and h, in one launch, of an x that `takes_norm`.

@@ -1,8 +1,8 @@
 // The product of one token, whose norm and quantisation are part of it: every block does them for itself, in the shadow of its first
-// weights, so that a step of decoding waits for one launch where it would wait for two. Longer rows and activation functions are left to a
-// kernel before, whose blocks share the work: all of it in every block would take longer than a launch. Their codes are multiplied by
-// this kernel all the same where w6ax_imma.cu says so, since after another one than itself it begins a microsecond later (an H200 in a
-// decoder's steps).
+// weights, so that a step of decoding waits for one launch where it would wait for two. Norms of longer rows and activation functions are
+// left to a kernel before, whose blocks share the work: all of it in every block would take longer than a launch. Their codes are
+// multiplied by this kernel all the same where w6ax_imma.cu says so, since after another one than itself it begins a microsecond later
+// (an H200 in a decoder's steps).
 #include "imma.cuh"
 #include "kernels.h"
 #include "quantize.cuh"
@@ -12,10 +12,10 @@ namespace {
 
 // A row in shared memory: codes and scales, and of a norm the numbers between its two passes.
 struct Room : Resident<1> {
-  static constexpr int kMostGroups = 224, kMostQuantizedGroups = 64;
+  static constexpr int kMostGroups = 224, kMostNormGroups = 64;
   static constexpr int kNumberBytes = kGroup * 2;
   static constexpr int kSharedBytes = kMostGroups * kGroupBytes;
-  static_assert(kMostQuantizedGroups * (kGroupBytes + kNumberBytes) <= kSharedBytes);
+  static_assert(kMostNormGroups * (kGroupBytes + kNumberBytes) <= kSharedBytes);
 
   uint8_t* numbers;  // [groups, 128] of the tensor's type
 
@@ -30,10 +30,11 @@ __device__ __forceinline__ void quantize_group(float (&value)[4], int bits, cons
   if (lane == 0) room.scales[group] = scale;
 }
 
-constexpr int kAtOnce = 4;  // groups of a warp whose reads are under way together
+// Groups of a warp whose reads are under way together: as many as one of sixteen has of half the longest row, or of the longest with norm.
+constexpr int kNumbersAtOnce = 7, kNormsAtOnce = 4;
 
-// Calls with each of this warp's groups, four of them at a time: read(i, group) of all four before use(i, group) of the first.
-template <int kWarps, class Read, class Use>
+// Calls with each of this warp's groups, kAtOnce of them at a time: read(i, group) of all before use(i, group) of the first.
+template <int kWarps, int kAtOnce, class Read, class Use>
 __device__ __forceinline__ void each_group(int groups, Read read, Use use) {
   for (int first = threadIdx.x / 32; first < groups; first += kAtOnce * kWarps) {
 #pragma unroll
@@ -48,8 +49,8 @@ __device__ __forceinline__ void each_group(int groups, Read read, Use use) {
 template <class T, int kWarps>
 __device__ __forceinline__ void quantize_numbers(const Row& row, int groups, const Room& room) {
   const int lane = threadIdx.x % 32;
-  Four<T> x[kAtOnce];
-  each_group<kWarps>(
+  Four<T> x[kNumbersAtOnce];
+  each_group<kWarps, kNumbersAtOnce>(
       groups, [&](int i, int group) { x[i] = load_four<T>(row.norm.x.data, group * kGroup + lane * 4, row.features, true); },
       [&](int i, int group) {
         float value[4];
@@ -64,9 +65,9 @@ __device__ __forceinline__ void quantize_norm(const Row& row, int groups, const 
   const Norm& norm = row.norm;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, features = row.features;
   const auto number = [&](int group) { return reinterpret_cast<Four<T>*>(room.numbers + (group * kGroup + lane * 4) * sizeof(T)); };
-  Four<T> x[kAtOnce], more[kAtOnce];
+  Four<T> x[kNormsAtOnce], more[kNormsAtOnce];
   float sum = 0.0f;
-  each_group<kWarps>(
+  each_group<kWarps, kNormsAtOnce>(
       groups,
       [&](int i, int group) {
         const int k = group * kGroup + lane * 4;
@@ -104,8 +105,8 @@ __device__ __forceinline__ void quantize_norm(const Row& row, int groups, const 
     }
   }
   const float inverse = rsqrtf(sum_of_block(sum, partial[1], warp, lane, kWarps) / float(features) + norm.epsilon);
-  Four<T> weight[kAtOnce], bias[kAtOnce] = {};
-  each_group<kWarps>(
+  Four<T> weight[kNormsAtOnce], bias[kNormsAtOnce] = {};
+  each_group<kWarps, kNormsAtOnce>(
       groups,
       [&](int i, int group) {
         const int k = group * kGroup + lane * 4;
@@ -184,8 +185,8 @@ bool run(const Linear& p, const Row& row, cudaStream_t stream) {
 }  // namespace
 
 bool w6ax_imma_row(const Linear& p, const Row& row, cudaStream_t stream) {
-  const int most_groups = row.before == Before::codes ? Room::kMostGroups : Room::kMostQuantizedGroups;
-  if (p.groups > most_groups) return false;
+  const bool norm = row.before == Before::rms_norm || row.before == Before::layer_norm;
+  if (p.groups > (norm ? Room::kMostNormGroups : Room::kMostGroups)) return false;
   return run<16, 3>(p, row, stream) || run<16, 2>(p, row, stream) || run<8, 2>(p, row, stream);
 }
 

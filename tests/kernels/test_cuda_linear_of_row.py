@@ -28,6 +28,11 @@ SHAPES = {
     "an odd number of groups": (4640, 8060),
     "the longest that are normalised": (10_240, 8192),
 }
+WITHOUT_NORM = SHAPES | {
+    "longer than what is normalised": (6000, 8196),
+    "long rows, an odd number of groups": (2000, 17_280),
+    "the longest that are quantised": (5000, 28_672),
+}
 
 
 def random(*shape, dtype=torch.float16, seed=0):
@@ -60,7 +65,7 @@ def product(records, operands, bits, dtype):
 
 @gpu
 @dtypes
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("shape", WITHOUT_NORM.values(), ids=WITHOUT_NORM.keys())
 def test_a_row_gives_the_bits_of_quantisation_and_product(shape, dtype):
     for bias, bits in ((True, 6), (False, 8), (True, 2)):
         operands, x = layer(*shape, bias=bias), integers(shape[1], bits, dtype)
@@ -71,7 +76,7 @@ def test_a_row_gives_the_bits_of_quantisation_and_product(shape, dtype):
 
 @gpu
 @dtypes
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("shape", WITHOUT_NORM.values(), ids=WITHOUT_NORM.keys())
 def test_codes_are_those_of_the_kernels_apart(shape, dtype):
     """Of any numbers, bit for bit; in another order where apart two blocks of fewer warps share a multiprocessor."""
     tiles, processors = -(-shape[0] // 32), torch.cuda.get_device_properties(DEVICE).multi_processor_count
@@ -254,7 +259,8 @@ def test_what_a_row_may_not_be():
         cuda.linear_of_row(random(1, 1028), *operands, 6, cuda.Norm(weight, None, 0.0, False), random(1, 1024))
     with pytest.raises(ValueError, match="a residual is added before a norm; accepted without one: None"):
         cuda.linear_of_row(random(1, 1028), *operands, 6, None, random(1, 1028))
-    with pytest.raises(ValueError, match="of up to 64 groups"):
-        cuda.linear_of_row(random(1, 8196), *operands, 6)
+    for features, long_norm in ((8196, cuda.Norm(random(8196), None, 0.0, False)), (28_676, None)):
+        with pytest.raises(ValueError, match="in up to 224 groups, with a norm 64"):
+            cuda.linear_of_row(random(1, features), *layer(70, features), 6, long_norm)
     with pytest.raises(ValueError, match="x is on cpu; accepted: a CUDA device"):
         cuda.linear_of_row(random(1, 1028).cpu(), *operands, 6)
