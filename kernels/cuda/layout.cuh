@@ -97,8 +97,7 @@ struct Finish {
   float factor = 0.0f, bias = 0.0f;
 
   Finish() = default;
-  __device__ __forceinline__ Finish(const Linear& p, int n) : Finish(p, n, n < p.outputs ? p.exponent[n] : 0) {}
-  __device__ __forceinline__ Finish(const Linear& p, int n, int exponent);
+  __device__ __forceinline__ Finish(const Linear& p, int n);
   __device__ __forceinline__ float operator()(float sum) const { return sum * factor + bias; }
 };
 
@@ -161,17 +160,9 @@ __device__ __forceinline__ uint32_t pack_floats(Float type, float first, float s
   return type == Float::f16 ? reinterpret_cast<const uint32_t&>(half) : reinterpret_cast<const uint32_t&>(bf16);
 }
 
-// Four neighbouring numbers, the first at a multiple of four.
-__device__ __forceinline__ void store_four_floats(void* to, int64_t at, Float type, const float (&value)[4]) {
-  if (type == Float::f32)
-    reinterpret_cast<float4*>(to)[at / 4] = make_float4(value[0], value[1], value[2], value[3]);
-  else
-    reinterpret_cast<uint2*>(to)[at / 4] = make_uint2(pack_floats(type, value[0], value[1]), pack_floats(type, value[2], value[3]));
-}
-
-__device__ __forceinline__ Finish::Finish(const Linear& p, int n, int exponent) {
+__device__ __forceinline__ Finish::Finish(const Linear& p, int n) {
   if (n >= p.outputs) return;
-  factor = ldexpf(1.0f, exponent);
+  factor = ldexpf(1.0f, p.exponent[n]);
   if (p.bias) bias = load_float(p.bias, n, p.bias_type);
 }
 

@@ -20,6 +20,7 @@
 #include <cooperative_groups.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "expand.cuh"
 #include "kernels.h"
@@ -77,59 +78,84 @@ __device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
+// The last step of a lane's two outputs of a warp's 16: those of rows g and g + 8.
+struct FinishTwo {
+  Finish of[2];
+
+  __device__ __forceinline__ FinishTwo(const Linear& p, int first_output)
+      : of{{p, first_output + int(threadIdx.x) % 32 / 4}, {p, first_output + int(threadIdx.x) % 32 / 4 + 8}} {
+    for (Finish& each : of) each.factor *= kExpandedUnit;
+  }
+};
+
 // Stores a warp's sums of 16 outputs from `first_output` on x kCount tokens. Its registers hold pairs of tokens, memory wants neighbouring
 // outputs. Of two-byte numbers 8 x 8 at a time are turned on their way through `turned` (kCount x 16 of them), where the two vectors of a
 // token change places every four tokens, so that eight of either are in 32 different banks. Of float32 eight outputs are a sector as they are.
-template <int kCount>
+template <Float kType, int kCount>
 __device__ __forceinline__ void store_turned(const Linear& p, const float* sums, uint8_t* turned, int first_output, int first_token,
-                                             const Finish (&finish)[2]) {
+                                             const FinishTwo& finish) {
   const int lane = threadIdx.x % 32;
-  if (p.y_type == Float::f32) {
+  if constexpr (kType == Float::f32) {
 #pragma unroll
     for (int e = 0; e < kCount / 2; ++e) {
       const int token = first_token + e / 4 * 8 + lane % 4 * 2 + e % 2, output = first_output + lane / 4 + e % 4 / 2 * 8;
       if (token < p.tokens && output < p.outputs)
-        static_cast<float*>(p.y)[int64_t(token) * p.outputs + output] = finish[e % 4 / 2](sums[e] * kExpandedUnit);
+        static_cast<float*>(p.y)[int64_t(token) * p.outputs + output] = finish.of[e % 4 / 2](sums[e]);
     }
     return;
   }
   const auto vector_at = [&](int token, int half) { return turned + token * 32 + (half ^ (token / 4 & 1)) * 16; };
   __syncwarp();
+  uint8_t* const to = vector_at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
   for (int j = 0; j < kCount / 8; j += 2) {
     uint32_t pairs[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float* two = sums + 4 * (j + i / 2) + 2 * (i % 2);
-      pairs[i] = pack_floats(p.y_type, finish[i % 2](two[0] * kExpandedUnit), finish[i % 2](two[1] * kExpandedUnit));
+      pairs[i] = pack_floats(kType, finish.of[i % 2](two[0]), finish.of[i % 2](two[1]));
     }
-    store_transposed(vector_at(8 * (j + lane / 16) + lane % 8, lane / 8 % 2), pairs);
+    store_transposed(to + j * 8 * 32, pairs);
   }
   __syncwarp();
   auto* y = static_cast<uint16_t*>(p.y) + int64_t(first_token) * p.outputs + first_output;
+  const int tokens = p.tokens - first_token, outputs = p.outputs - first_output;
   if (p.outputs % 8 == 0) {
+    const int token = lane / 2, output = lane % 2 * 8, left = output < outputs ? tokens - token : 0;
+    const uint8_t* from = vector_at(token, lane % 2);
+    y += int64_t(token) * p.outputs + output;
 #pragma unroll
-    for (int i = 0; i < kCount / 16; ++i) {
-      const int token = 16 * i + lane / 2, output = lane % 2 * 8;
-      if (first_token + token < p.tokens && first_output + output < p.outputs)
-        *reinterpret_cast<uint4*>(y + int64_t(token) * p.outputs + output) = *reinterpret_cast<const uint4*>(vector_at(token, lane % 2));
-    }
-  } else {
-    const int output = lane % 16;
-    for (int token = lane / 16; token < kCount; token += 2)
-      if (first_token + token < p.tokens && first_output + output < p.outputs)
-        y[int64_t(token) * p.outputs + output] = reinterpret_cast<const uint16_t*>(vector_at(token, output / 8))[output % 8];
+    for (int i = 0; i < kCount; i += 16, y += 16 * p.outputs)
+      if (i < left) *reinterpret_cast<uint4*>(y) = *reinterpret_cast<const uint4*>(from + i * 32);
+  } else if (const int output = lane % 16; output < outputs) {
+#pragma unroll 1
+    for (int token = lane / 16; token < min(kCount, tokens); token += 2)
+      y[int64_t(token) * p.outputs + output] = reinterpret_cast<const uint16_t*>(vector_at(token, output / 8))[output % 8];
   }
+}
+
+// Calls with the type of the outputs as a constant: in stores that are unrolled it is not asked again.
+template <class Store>
+__device__ __forceinline__ void with_type(Float type, Store store) {
+  if (type == Float::f16)
+    store(std::integral_constant<Float, Float::f16>());
+  else if (type == Float::bf16)
+    store(std::integral_constant<Float, Float::bf16>());
+  else
+    store(std::integral_constant<Float, Float::f32>());
 }
 
 // Stores a block's sums of kTokens tokens, which it has alone.
 template <class Parts, int kTokens, int kUnit>
 __device__ __forceinline__ void store_all(const Linear& p, const float (*sums)[kUnit / 2], uint8_t* turned, int first_output,
-                                          int first_token, const Finish (&finish)[2]) {
+                                          int first_token, const FinishTwo& finish) {
   constexpr int kAtOnce = Parts::kTurnedTokens;
+  with_type(p.y_type, [&](auto type) {
 #pragma unroll
-  for (int first = 0; first < kTokens; first += kAtOnce)
-    store_turned<kAtOnce>(p, sums[first / kUnit] + first % kUnit / 2, turned, first_output, first_token + first, finish);
+    for (int first = 0; first < kTokens; first += kAtOnce)
+      store_turned<decltype(type)::value, kAtOnce>(p, sums[first / kUnit] + first % kUnit / 2, turned, first_output, first_token + first,
+                                                   finish);
+  });
 }
 
 // Adds up the sums of a cluster's blocks, and stores them. A piece is a warp's sums of 16 tokens, eight a lane; each block sends each other
@@ -146,7 +172,7 @@ __device__ __forceinline__ void add_up_and_store(const Linear& p, const float (*
   cluster.barrier_arrive();  // this thread has left its stages
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, each = (kPieces + split - 1) / split;
   const int output = first_output + warp * 16;
-  const Finish finish[2] = {{p, output + lane / 4}, {p, output + lane / 4 + 8}};
+  const FinishTwo finish(p, output);
   auto* const pieces = reinterpret_cast<float4*>(shared) + lane;
   int owner = 0, of_owner = warp;
   cluster.barrier_wait();
@@ -163,21 +189,26 @@ __device__ __forceinline__ void add_up_and_store(const Linear& p, const float (*
   const int first = rank * each, last = min(first + each, kPieces);
   uint8_t* const turned = shared + (split * each + warp / 2) * Parts::kPieceBytes + warp % 2 * (Parts::kPieceBytes / 2);
   cluster.barrier_wait();
-  // Pieces of this warp's outputs.
+  with_type(p.y_type, [&](auto type) {
+    // Pieces of this warp's outputs.
 #pragma unroll 1
-  for (int piece = first + (Parts::kWarps + warp - first % Parts::kWarps) % Parts::kWarps; piece < last; piece += Parts::kWarps) {
-    float4 parts[kMostSplit][2];
+    for (int piece = first + (Parts::kWarps + warp - first % Parts::kWarps) % Parts::kWarps; piece < last; piece += Parts::kWarps) {
+      float4 parts[kMostSplit][2];
 #pragma unroll
-    for (int r = 0; r < kMostSplit; ++r)
-      if (r < split) {
-        const float4* from = pieces + (r * each + piece - first) * 64;
-        parts[r][0] = from[0], parts[r][1] = from[32];
-      }
+      for (int r = 0; r < kMostSplit; ++r)
+        if (r < split) {
+          const float4* from = pieces + (r * each + piece - first) * 64;
+          parts[r][0] = from[0], parts[r][1] = from[32];
+        }
 #pragma unroll
-    for (int r = 1; r < kMostSplit; ++r)
-      if (r < split) parts[0][0] = parts[0][0] + parts[r][0], parts[0][1] = parts[0][1] + parts[r][1];
-    store_turned<16>(p, reinterpret_cast<const float*>(parts), turned, output, first_token + piece / Parts::kWarps * 16, finish);
-  }
+      for (int r = 1; r < kMostSplit; ++r)
+        if (r < split) parts[0][0] = parts[0][0] + parts[r][0], parts[0][1] = parts[0][1] + parts[r][1];
+      const float sums_of_piece[8] = {parts[0][0].x, parts[0][0].y, parts[0][0].z, parts[0][0].w,
+                                      parts[0][1].x, parts[0][1].y, parts[0][1].z, parts[0][1].w};
+      const int token = first_token + piece / Parts::kWarps * 16;
+      store_turned<decltype(type)::value, 16>(p, sums_of_piece, turned, output, token, finish);
+    }
+  });
 }
 
 #endif
@@ -403,7 +434,7 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
         break;
       }
       const int output = first_output + warp * 16;
-      const Finish finish[2] = {{p, output + g}, {p, output + g + 8}};
+      const FinishTwo finish(p, output);
       if constexpr (!Parts::kManyTiles) threads_meet<Parts::kConsumers>();  // they have left the stages
       store_all<Parts, kTokens, kUnit>(p, sums, turned + warp * Parts::kTurnedBytes, output, first_token, finish);
       if constexpr (!Parts::kManyTiles) break;
