@@ -296,8 +296,14 @@ def _require_records(out: Tensor, size: int, x: Tensor) -> None:
         raise ValueError(f"out is {out.dtype} of shape {tuple(out.shape)}{contiguous}; accepted: [{size}] torch.uint8")
     if out.device != x.device:
         raise ValueError(f"out is on {out.device}, x on {x.device}; accepted: one device")
-    if out.data_ptr() % 16:
-        raise ValueError(f"out starts at an address of {out.data_ptr() % 16} modulo 16; accepted: a multiple of 16")
+    _require_aligned("out", out)
+
+
+def _require_aligned(name: str, tensor: Tensor) -> None:
+    if tensor.data_ptr() % 16:
+        raise ValueError(
+            f"{name} starts at an address of {tensor.data_ptr() % 16} modulo 16; accepted: a multiple of 16"
+        )
 
 
 def linear(
@@ -314,10 +320,13 @@ def linear(
 
     records: `quantize_activation` of [tokens, K], or what a fused `*_quantize` returns.  chunks: `repack` for the same
     backend.  weight_exponent: [N] int8.  bias: [N] or None.  out: [tokens, N] float32, float16 or bfloat16, contiguous; returned.
-    Raises ValueError for an `out` that does not begin at a multiple of 16 bytes, as new tensors do: it is written in vectors.
+    Raises ValueError for weights of no group, and for records, chunks or an `out` that do not begin at a multiple of 16 bytes,
+    as new tensors do: they are read and written in vectors.
     """
-    if out.data_ptr() % 16:
-        raise ValueError(f"out starts at an address of {out.data_ptr() % 16} modulo 16; accepted: a multiple of 16")
+    if not chunks.shape[1]:
+        raise ValueError(f"chunks have shape {tuple(chunks.shape)}; accepted: weights of at least one group")
+    for name, tensor in (("records", records), ("chunks", chunks), ("out", out)):
+        _require_aligned(name, tensor)
     weight_exponent = weight_exponent.contiguous()
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device(out.device):
@@ -387,6 +396,7 @@ def linear_of_row(
             f"x is {x.dtype} of shape {tuple(x.shape)}, for weights of {groups} groups; accepted: one token in half "
             f"precision, of a multiple of 4 features in up to {MOST_ROW_GROUPS} groups, with a norm {MOST_NORM_ROW_GROUPS}"
         )
+    _require_aligned("chunks", chunks)
     if norm is None and residual is not None:
         raise ValueError("a residual is added before a norm; accepted without one: None")
     if norm is not None:

@@ -56,8 +56,8 @@ enum class Order : int { bytes = 0, planes = 1, swizzled = 2 };
 
 // Bytes of a tile of 8 tokens x 1 group of activations.
 //   bytes: code k of token m lies at (k / 64) * 512 + m * 64 + k % 64, so that a lane's two vectors are its operands.
-//   swizzled: k-step s of the instruction multiplies byte 16 (i % 2) + 4 q + b of the weights' word i = 2 s + (0 or 1) of lane q, which
-//     is code k = 64 (i / 4) + 16 q + 4 (i % 4) + b: this code lies at 16 * (i ^ m) + 4 q + b of the token's 128 bytes.
+//   swizzled: at k-step s = i / 2 the instruction multiplies byte 16 (i % 2) + 4 q + b of a token by what lane q has of the weights for
+//     code k = 64 (i / 4) + 16 q + 4 (i % 4) + b: this code lies at 16 * (i ^ m) + 4 q + b of the token's 128 bytes.
 //   planes: `bits` planes, two's complement; word p * 32 + l of lane l is plane p of token l / 4, k = 32 (l % 4) ..; then 8
 //     sums of codes (int32), one a token, for the weights' offset.
 __host__ __device__ constexpr int activation_tile_bytes(Order order, int bits) {

@@ -197,7 +197,7 @@ __device__ __forceinline__ void quantize_group(float (&value)[4], const Records&
   const Place place(p, token, group);
   const int m = place.m;
   if (kNoPlanes || p.order != Order::planes) {
-    const int unit = lane / 16 * 4 + lane % 4, q = lane % 16 / 4;  // word `unit` of lane q of the weights
+    const int unit = lane / 16 * 4 + lane % 4, q = lane % 16 / 4;  // `i` of layout.cuh and q: where the weights have these codes
     const int at = p.order == Order::bytes ? lane / 16 * 512 + m * 64 + lane % 16 * 4 : m * kGroup + (unit ^ m) * 16 + q * 4;
     *reinterpret_cast<uint32_t*>(place.tile + at) = lowest_bytes(code[0], code[1], code[2], code[3]);
   } else {

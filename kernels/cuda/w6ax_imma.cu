@@ -3,7 +3,7 @@
 // A block computes tiles of 32 outputs, in the last round perhaps half a one, for up to 64 tokens; its warps share the groups, and each
 // streams its own chunks (ring.cuh). Bytes of weights set the time: at 4.26 TB/s an SM of an H200 gets 24 codes a clock. A code costs 0.6
 // integer instructions (of 64 a clock and SM), so that the tensor cores and the ALUs wait for memory and not the reverse; those before
-// the first product and after the last chunk count all the same: of 0.8 one token takes 2.5% longer over the paper's layers.
+// the first product and after the last chunk count all the same: with 0.8 one token takes 2.5% longer over the paper's layers.
 #include "imma.cuh"
 #include "kernels.h"
 

@@ -1,6 +1,6 @@
 // W6Ax for many tokens on Hopper: 6-bit weights become bytes in registers and meet the activations in shared memory (s8 wgmma).
 //
-// A block computes tiles of 128 or 192 outputs x kTokens tokens. One warp fetches and leaves; two or three warpgroups multiply, each 64
+// A block computes tiles of 128 or 192 outputs x kTokens tokens. One lane fetches and leaves; two or three warpgroups multiply, each 64
 // outputs. Weights go from shared memory to registers, where a code costs 0.6 instructions to expand, and from there straight into the
 // tensor cores: what is expanded is never stored. Then the sums are scaled and added in float32, three instructions a sum and group. With
 // 256 tokens the tensor cores multiply 64 of them while the warpgroup adds the 64 before; three warpgroups have no registers for that, and
@@ -72,7 +72,45 @@ struct Shape {
   static_assert(kEarlyStages < kStages, "the first stages are filled in their first turn");
 };
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ / 100 == 9
+// How the blocks of a grid share the tiles of a call: each takes `whole` ones, one after the other, and then clusters of `split` blocks
+// take what is left, a tile each, or with `halves` half a tile each: half its tokens. The host divides once for all: four
+// divisions before a block's first copy took half a microsecond.
+struct Work {
+  int token_tiles, tiles, split, whole;
+  bool halves;
+  int groups_each, groups_over;  // of a block of a cluster; the first so many have one more
+  uint64_t reciprocal;           // of token_tiles, times 2^40, more by less than one: right for fewer than 2^40 / token_tiles tiles
+
+  Work(const Linear& p, const Tiling& tiling, int token_tiles, int tiles)
+      : token_tiles(token_tiles),
+        tiles(tiles),
+        split(tiling.split),
+        whole(tiling.whole),
+        halves(tiling.halves),
+        groups_each(p.groups / tiling.split),
+        groups_over(p.groups % tiling.split),
+        reciprocal((uint64_t(1) << 40) / token_tiles + 1) {}
+};
+
+#if __CUDA_ARCH__ / 100 == 9  // the host launches none of it elsewhere
+
+// What a block does in its turn: a tile alone, or its share of what its cluster has together, if anything is left for it: `tile` may be
+// past the last. Of a tile by halves `half` is 0 or 1, of a whole one 0.
+struct Turn {
+  int tile, half, rank, first_group, groups;
+  int output_tile, token_tile;
+
+  __device__ __forceinline__ Turn(const Linear& p, const Work& work, int turn) {
+    const bool alone = turn < work.whole, by_halves = work.halves && !alone;
+    const int mine = alone ? blockIdx.x : cluster_of_block();
+    rank = alone ? 0 : cooperative_groups::this_cluster().block_rank();
+    tile = turn * gridDim.x + (by_halves ? mine / 2 : mine);
+    half = by_halves ? mine % 2 : 0;
+    first_group = rank * work.groups_each + min(rank, work.groups_over);
+    groups = alone ? p.groups : work.groups_each + (rank < work.groups_over);
+    output_tile = tile * work.reciprocal >> 40, token_tile = tile - output_tile * work.token_tiles;
+  }
+};
 
 __device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
@@ -134,9 +172,9 @@ __device__ __forceinline__ void store_turned(const Linear& p, const float* sums,
   }
 }
 
-// Calls with the type of the outputs as a constant: in stores that are unrolled it is not asked again.
+// Calls with the type of the outputs as a constant: stores, which are unrolled, do not ask for it again.
 template <class Store>
-__device__ __forceinline__ void with_type(Float type, Store store) {
+__device__ __forceinline__ void with_output_type(Float type, Store store) {
   if (type == Float::f16)
     store(std::integral_constant<Float, Float::f16>());
   else if (type == Float::bf16)
@@ -150,7 +188,7 @@ template <class Parts, int kTokens, int kUnit>
 __device__ __forceinline__ void store_all(const Linear& p, const float (*sums)[kUnit / 2], uint8_t* turned, int first_output,
                                           int first_token, const FinishTwo& finish) {
   constexpr int kAtOnce = Parts::kTurnedTokens;
-  with_type(p.y_type, [&](auto type) {
+  with_output_type(p.y_type, [&](auto type) {
 #pragma unroll
     for (int first = 0; first < kTokens; first += kAtOnce)
       store_turned<decltype(type)::value, kAtOnce>(p, sums[first / kUnit] + first % kUnit / 2, turned, first_output, first_token + first,
@@ -163,7 +201,7 @@ __device__ __forceinline__ void store_all(const Linear& p, const float (*sums)[k
 //
 //   [block that sent][piece of mine][vector of four sums, 0 or 1][lane], then for each warp what it turns
 //
-// Nobody waits for single ones, as those would who fetch what they add up: that took a microsecond more.
+// To fetch what one adds up instead, and wait for it, took a microsecond more.
 template <class Parts, int kTokens, int kUnit>
 __device__ __forceinline__ void add_up_and_store(const Linear& p, const float (*sums)[kUnit / 2], uint8_t* shared, int first_output,
                                                  int first_token, int split, int rank) {
@@ -189,7 +227,7 @@ __device__ __forceinline__ void add_up_and_store(const Linear& p, const float (*
   const int first = rank * each, last = min(first + each, kPieces);
   uint8_t* const turned = shared + (split * each + warp / 2) * Parts::kPieceBytes + warp % 2 * (Parts::kPieceBytes / 2);
   cluster.barrier_wait();
-  with_type(p.y_type, [&](auto type) {
+  with_output_type(p.y_type, [&](auto type) {
     // Pieces of this warp's outputs.
 #pragma unroll 1
     for (int piece = first + (Parts::kWarps + warp - first % Parts::kWarps) % Parts::kWarps; piece < last; piece += Parts::kWarps) {
@@ -210,48 +248,6 @@ __device__ __forceinline__ void add_up_and_store(const Linear& p, const float (*
     }
   });
 }
-
-#endif
-
-// How the blocks of a grid share the tiles of a call: each takes `whole` ones, one after the other, and then clusters of `split` blocks
-// take what is left, a tile each, or with `halves` half a tile each: half its tokens. The host divides once for all: before a block's first
-// copy two divisions and two more were half a microsecond.
-struct Work {
-  int token_tiles, tiles, split, whole;
-  bool halves;
-  int groups_each, groups_over;  // of a block of a cluster; the first so many have one more
-  uint64_t reciprocal;           // of token_tiles, times 2^40, more by less than one: right for fewer than 2^40 / token_tiles tiles
-
-  Work(const Linear& p, const Tiling& tiling, int token_tiles, int tiles)
-      : token_tiles(token_tiles),
-        tiles(tiles),
-        split(tiling.split),
-        whole(tiling.whole),
-        halves(tiling.halves),
-        groups_each(p.groups / tiling.split),
-        groups_over(p.groups % tiling.split),
-        reciprocal((uint64_t(1) << 40) / token_tiles + 1) {}
-};
-
-#if __CUDA_ARCH__ / 100 == 9
-
-// What a block does in its turn: a tile alone, or its share of what its cluster has together, if anything is left for it: `tile` may be
-// past the last. Of a tile by halves `half` is 0 or 1, of a whole one 0.
-struct Turn {
-  int tile, half, rank, first_group, groups;
-  int output_tile, token_tile;
-
-  __device__ __forceinline__ Turn(const Linear& p, const Work& work, int turn) {
-    const bool alone = turn < work.whole, by_halves = work.halves && !alone;
-    const int mine = alone ? blockIdx.x : cluster_of_block();
-    rank = alone ? 0 : cooperative_groups::this_cluster().block_rank();
-    tile = turn * gridDim.x + (by_halves ? mine / 2 : mine);
-    half = by_halves ? mine % 2 : 0;
-    first_group = rank * work.groups_each + min(rank, work.groups_over);
-    groups = alone ? p.groups : work.groups_each + (rank < work.groups_over);
-    output_tile = tile * work.reciprocal >> 40, token_tile = tile - output_tile * work.token_tiles;
-  }
-};
 
 #endif
 

@@ -647,6 +647,19 @@ def test_repacked_weights_are_read_back_bit_for_bit(backend, outputs, groups):
     assert torch.equal(found[0], packed) and torch.equal(found[1], scales)
 
 
+def test_what_vectors_cannot_read_and_weights_of_no_group_are_refused_before_a_launch():
+    odd = torch.zeros(1 + 3136, dtype=torch.uint8)[1:].view(1, 1, 3136)
+    records, exponents, out = (
+        torch.zeros(1056, dtype=torch.uint8),
+        torch.zeros(32, dtype=torch.int8),
+        torch.zeros(1, 32),
+    )
+    with pytest.raises(ValueError, match=r"chunks starts at an address of \d+ modulo 16; accepted: a multiple of 16"):
+        cuda.linear(records, 1, odd, exponents, None, 6, "imma", out)
+    with pytest.raises(ValueError, match=r"chunks have shape \(1, 0, 3136\); accepted: weights of at least one group"):
+        cuda.linear(records, 1, odd[:, :0], exponents, None, 6, "imma", out)
+
+
 def packed_zeros(outputs, groups, bits=6, device="cpu"):
     weight = torch.zeros(outputs, groups * 16 * bits, dtype=torch.uint8, device=device)
     return weight, torch.zeros(outputs, groups, dtype=torch.float16, device=device)
