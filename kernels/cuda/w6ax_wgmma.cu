@@ -202,6 +202,9 @@ __device__ __forceinline__ void store_all(const Linear& p, const float (*sums)[k
 //   [block that sent][piece of mine][vector of four sums, 0 or 1][lane], then for each warp what it turns
 //
 // To fetch what one adds up instead, and wait for it, took a microsecond more.
+//
+// Who sends has waited at the cluster's barrier for threads that had waited for every copy into the stages, so that none is under way.
+// compute-sanitizer's racecheck does not join the two, and reports such a copy and a neighbour's sum as a race.
 template <class Parts, int kTokens, int kUnit>
 __device__ __forceinline__ void add_up_and_store(const Linear& p, const float (*sums)[kUnit / 2], uint8_t* shared, int first_output,
                                                  int first_token, int split, int rank) {
