@@ -140,11 +140,18 @@ def ratios(records: pd.DataFrame, study: str, metric: str, rival: str) -> pd.Dat
 
 
 def _case(row: Mapping[str, Any]) -> str:
-    return json.dumps([row[name] for name in ("model", "method", "metric", "device", "parameters")], sort_keys=True)
+    return json.dumps(
+        [*(row[name] for name in ("model", "method", "metric", "device")), _conditions(row)], sort_keys=True
+    )
+
+
+def _conditions(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a record. How many threads its host had is no condition of what a GPU does by itself."""
+    return {name: value for name, value in row["parameters"].items() if name != "threads" or not _on_gpu(row)}
 
 
 def _alike(mine: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    a, b = mine["parameters"], other["parameters"]
+    a, b = _conditions(mine), _conditions(other)
     shared = (a.keys() & b.keys()) - _METHODS_OWN
     same = all(mine[name] == other[name] for name in ("model", "metric", "device"))
     return same and all(a[name] == b[name] for name in shared)

@@ -175,3 +175,10 @@ def test_only_what_was_run_alike_is_compared(record):
     record("04_e2e", "llama-7b", "flexq", {"total_s/128": 1.0}, GPU, prompt_tokens=15)
     record("04_e2e", "llama-7b", "w8a8", {"total_s/128": 9.0}, GPU, prompt_tokens=512)
     assert ratios(read_records(), "04_e2e", "total_s/", "W8A8").empty
+
+
+@pytest.mark.parametrize(("machine", "compared"), [(GPU, 1), (CPU, 0)])
+def test_a_hosts_threads_are_no_condition_of_a_gpu(record, machine, compared):
+    for method, threads in (("flexq", 16), ("w8a8", 32)):
+        record("04_e2e", "llama-7b", method, {"total_s/128": 1.0}, machine, threads=threads)
+    assert len(ratios(read_records(), "04_e2e", "total_s/", "W8A8")) == compared
