@@ -455,7 +455,7 @@ struct Variant {
   using Parts = Shape<kRows, kTokens, kUnit, kStages>;
   static constexpr auto kKernel = w6ax_wgmma_kernel<kRows, kTokens, kUnit, kStages>;
   // As long as so many groups takes all else of a tile that a block takes alone or shares with its cluster. With kGroupTime, times of the
-  // paper's layers in every cluster that can run follow within 3%, those of small blocks within 4 to 10%.
+  // paper's layers in every cluster that can run follow within 3%, those of small blocks within 16%.
   static constexpr float kAloneGroups = Parts::kManyTiles ? 4.2f : 6.5f;
   static constexpr float kSharedGroups = kTokens == 256 ? 7.7f : kRows == 192 ? 8.0f : Parts::kManyTiles ? 8.6f : 7.0f;
   static constexpr float kHalfTime = 0.59f;  // of a shared tile's, by halves
