@@ -8,6 +8,7 @@ from importlib import import_module
 
 COMMANDS = {
     "quantize": ("flexq_core.studies.quantize_command", "keep a model's 6-bit checkpoint"),
+    "verify": ("flexq_core.studies.verify_command", "whether a 6-bit checkpoint is what was saved"),
     "doctor": ("flexq_core.studies.doctor", "what this machine has, what will run on it, and how to get the rest"),
 }
 """Name → module, imported when it is asked for, and a line of help."""

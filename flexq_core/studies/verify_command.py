@@ -1,0 +1,39 @@
+"""`python -m flexq_core verify`: whether a 6-bit checkpoint is what was saved, to the last bit."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from flexq_core.runtime.checkpoint import verify
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read a checkpoint's tensors against their checksums; returns the exit status."""
+    folder = _parser().parse_args(arguments).folder.expanduser()
+    files = list(folder.glob("*.safetensors"))
+    if files:
+        size = sum(file.stat().st_size for file in files)
+        print(f"reading {size / 2**30:.2f} GiB in {len(files)} file{'s' * (len(files) > 1)}", flush=True)
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            verify(folder)
+    except (OSError, ValueError) as error:  # a CheckpointError and a PlanError are ValueErrors
+        print(error, file=sys.stderr)
+        return 1
+    for warning in told:
+        print(warning.message, file=sys.stderr)
+    print(f"{folder}: all tensors {'that have a checksum ' * bool(told)}are as they were saved")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flexq_core verify",
+        description="Read every tensor of a 6-bit checkpoint against its checksum, as flexq_core.load does before it loads one.",
+    )
+    parser.add_argument("folder", type=Path, help="written by `python -m flexq_core quantize` or by save_pretrained")
+    return parser
