@@ -37,6 +37,8 @@ FLEXQ_ERROR_BOUND = 6e-2
 
 AT_MOST_OVER_INT8 = 1.1
 """How much longer than torch's dynamic INT8 FlexQ's CPU kernel may take for one token, the geometric mean over shapes."""
+CLAIMED_WEIGHTS = 2**22
+"""Of layers of fewer that is not claimed: what a call takes besides its weights decides."""
 INT8_ISAS = ("amx", "avx512")
 """The CPU kernel's paths of which that is claimed. AVX2 has no instruction that sums products of bytes in 32 bits: which of two
 ways round that is faster is each processor's own, and told."""
@@ -262,9 +264,11 @@ def _speed_claim(measured: pd.DataFrame) -> tuple[str, bool | None, str]:
     ratio = float(np.exp(np.log(both[flexq] / both["torch-int8"]).mean()))
     if flexq != "cpu":
         return text, None, f"the CPU kernel was not timed; {flexq} takes {ratio:.2f} of torch-int8's time"
-    detail = f"{ratio:.2f} of torch-int8's time over {len(both)} shapes"
+    detail = f"{ratio:.2f} of torch-int8's time over {len(both)} shape{'s' * (len(both) > 1)}"
     if len(both) < len(one):
         return text, None, f"{detail} of the {len(one)} timed"
+    if (smallest := min(n * k for n, k in both.index)) < CLAIMED_WEIGHTS:
+        return text, None, f"{detail}; of {smallest:,} weights a call takes longer than they do"
     if (isa := cpu.available_isas()[0]) not in INT8_ISAS:
         return text, None, f"{detail}; the fastest path of this processor is {isa}"
     preempted = used["preemptions_per_call"].max()

@@ -7,7 +7,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from flexq_core.quant.plan import RULES
+from flexq_core.quant.plan import RULES, SENSITIVE_LAYERS
 from flexq_core.runtime.quantize_files import FILE_SCALES, Written, quantize_files
 from flexq_core.sources.models import ModelError, model_folder
 
@@ -58,6 +58,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _describe(written: Written) -> None:
+    if written.plan.name == "flexq" and all(bits.activation_bits == 6 for bits in written.plan.layers.values()):
+        print(
+            f"plan       flexq has 8-bit activations in {' and '.join(SENSITIVE_LAYERS)}, and this model has none so called: all "
+            "are 6-bit; --plan takes a file that names others"
+        )
     worst = min(written.sqnr_db, key=written.sqnr_db.__getitem__)
     if written.left_out:
         print(f"left out   {len(written.left_out)} tensors that the model does not use, first {written.left_out[0]}")

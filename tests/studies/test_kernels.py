@@ -238,6 +238,14 @@ def test_a_busy_machine_cannot_tell(monkeypatch):
     )
 
 
+def test_of_layers_of_ones_own_that_are_small_speed_is_told_and_not_claimed(monkeypatch):
+    monkeypatch.setattr(cpu, "available_isas", lambda: ["avx512"])
+    table = times(cpu=(200, 200), torch_int8=(100, 100))
+    table.loc[table["outputs"] == 4096, "outputs"] = 256
+    told = "2.00 of torch-int8's time over 2 shapes; of 1,048,576 weights a call takes longer than they do"
+    assert claims(table)[1][1:] == (None, told)
+
+
 def test_without_the_kernel_speed_is_told_and_not_claimed():
     found = claims(times(reference=(3000, 3000), torch_int8=(100, 100)))[1]
     assert found[1:] == (None, "the CPU kernel was not timed; reference takes 30.00 of torch-int8's time")
@@ -247,7 +255,7 @@ def test_an_error_beyond_its_bound_fails_the_claim():
     table = times(cpu=(80, 100), torch_int8=(100, 100))
     assert claims(table)[0][1] is True
     one_lacks = table.assign(median_us=table["median_us"].where(table.index != 1))
-    assert claims(one_lacks)[1][1:] == (None, "0.80 of torch-int8's time over 1 shapes of the 2 timed")
+    assert claims(one_lacks)[1][1:] == (None, "0.80 of torch-int8's time over 1 shape of the 2 timed")
     table.loc[0, "error"] = 0.07
     assert claims(table)[0][1:] == (False, "nearest to its bound: cpu, 7.00%")
     assert [holds for _, holds, _ in claims(table.assign(median_us=math.nan))] == [None, None]

@@ -20,6 +20,15 @@ def test_what_was_saved_is_what_is_there(checkpoint, capsys):
     assert capsys.readouterr().out.endswith(f"{checkpoint}: all tensors are as they were saved\n")
 
 
+def test_that_experts_stay_unquantised_is_nothing_that_a_checksum_lacks(tmp_path, capsys):
+    with pytest.warns(UserWarning, match="are not quantised"):
+        quantize_files(save_model(tiny_model("mixtral"), tmp_path / "model"), tmp_path / "out")
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and captured.out.endswith(f"{tmp_path / 'out'}: all tensors are as they were saved\n")
+
+
 def test_an_altered_bit_is_told_in_one_line(checkpoint, capsys):
     file = min(checkpoint.glob("*.safetensors"))
     data = bytearray(file.read_bytes())
