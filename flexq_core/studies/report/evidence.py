@@ -117,7 +117,11 @@ def ratios(records: pd.DataFrame, study: str, metric: str, rival: str) -> pd.Dat
     are a method's own; of several such rivals the fastest counts, of the same case the newest record.
     """
     rows = records[(records["study"] == study) & (records["status"] == "ok") & records["metric"].str.startswith(metric)]
-    whole = [row for row in rows.to_dict("records") if row["value"] and not row["parameters"].get("layers")]
+    whole = [
+        row | {"conditions": _conditions(row)}
+        for row in rows.to_dict("records")
+        if row["value"] and not row["parameters"].get("layers")
+    ]
     newest = {_case(row): row for row in whole}.values()  # rows are in the order of time
     kernels = set(BACKENDS) - {"reference", "simulate"} if study == "03_kernels" else set()
     rivals = [row for row in newest if RIVALS[rival](row["method"].lower())]
@@ -139,22 +143,20 @@ def ratios(records: pd.DataFrame, study: str, metric: str, rival: str) -> pd.Dat
     return pd.DataFrame(found, columns=columns)
 
 
-def _case(row: Mapping[str, Any]) -> str:
-    return json.dumps(
-        [*(row[name] for name in ("model", "method", "metric", "device")), _conditions(row)], sort_keys=True
-    )
-
-
 def _conditions(row: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a record. How many threads its host had is no condition of what a GPU does by itself."""
     return {name: value for name, value in row["parameters"].items() if name != "threads" or not _on_gpu(row)}
 
 
+def _case(row: Mapping[str, Any]) -> str:
+    return json.dumps([row[name] for name in ("model", "method", "metric", "device", "conditions")], sort_keys=True)
+
+
 def _alike(mine: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    a, b = _conditions(mine), _conditions(other)
-    shared = (a.keys() & b.keys()) - _METHODS_OWN
-    same = all(mine[name] == other[name] for name in ("model", "metric", "device"))
-    return same and all(a[name] == b[name] for name in shared)
+    if any(mine[name] != other[name] for name in ("model", "metric", "device")):
+        return False  # of nearly all pairs: asked first
+    a, b = mine["conditions"], other["conditions"]
+    return all(a[name] == b[name] for name in (a.keys() & b.keys()) - _METHODS_OWN)
 
 
 def _on_gpu(row: Mapping[str, Any]) -> bool:
