@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kWarps * 32) quantize_activation_kernel(const 
   quantize_group(value, p, token, group, lane);
 }
 
-// In swizzled order, that of wgmma, a lane's 16 numbers are one vector of codes, those that four lanes q of the weights have of one i. A warp
-// takes four groups of a token, a block those of a tile, so that it reads rows and writes records a kilobyte at a time.
+// In swizzled order, that of wgmma, a lane's 16 numbers are one vector of codes, those that four lanes q of the weights have of one i. A
+// warp takes four groups of a token, a block those of a tile, so that it reads rows and writes records a kilobyte at a time.
 constexpr int kSwizzledGroups = 4;
 
 template <class Operation>
