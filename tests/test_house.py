@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import flexq_core
+from flexq_core.runtime import cuda
 from flexq_core.studies.report.claims import (
     NOT_MEASURED,
     NOT_REPRODUCED,
@@ -74,6 +75,12 @@ def imports_of(package: str) -> tuple[set[str], set[str]]:
 
 def ours(names: set[str]) -> set[str]:
     return {name.split(".")[1] for name in names if name.startswith("flexq_core.")}
+
+
+def test_what_a_product_of_one_token_takes_is_what_its_kernel_holds():
+    source = (ROOT / "kernels" / "cuda" / "w6ax_imma_row.cu").read_text(encoding="utf-8")
+    limits = re.search(r"kMostGroups = (\d+), kMostNormGroups = (\d+);", source)
+    assert tuple(map(int, limits.groups())) == (cuda.MOST_ROW_GROUPS, cuda.MOST_NORM_ROW_GROUPS)
 
 
 def test_every_package_has_its_place():

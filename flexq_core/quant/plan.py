@@ -28,8 +28,8 @@ from flexq_core.quant.spec import ACTIVATION_BITS, GROUP_SIZE, WEIGHT_BITS
 FORMAT = "flexq-plan"
 VERSION = 1
 
-SENSITIVE_LAYERS = ("down_proj", "fc2")
-"""The layers that the paper keeps at 8-bit activations: the last linear layer of a gated MLP, and OPT's `fc2`."""
+SENSITIVE_LAYERS = ("down_proj", "fc2", "dense_4h_to_h")
+"""The layers that the paper keeps at 8-bit activations, the last linear layer of an MLP, as LLaMA, OPT and GPT-NeoX name it."""
 
 
 class PlanError(ValueError):

@@ -33,6 +33,10 @@ FLOATS = ("F32", "F16", "BF16")
 """Types of a packed layer's tensors and of ordinary ones, as safetensors calls them."""
 
 
+class UncheckedTensors(UserWarning):
+    """That tensors of a file have no checksum, by which they could be compared with what was saved."""
+
+
 def load(folder: str | Path, *, backend: str = "auto", **options: Any) -> Any:
     """The model of a 6-bit checkpoint, every tensor of which is there, fits, and has the bits that were saved.
 
@@ -179,5 +183,6 @@ def verify_shard(file: Path) -> dict[str, Any]:
                 f"{name!r} in {file} is altered: its bits are not those that were saved; copy the file again or make it anew"
             )
     if without:
-        warnings.warn(f"{file}: {len(without)} tensors have no checksum, first {without[0]!r}", stacklevel=3)
+        text = f"{file}: {len(without)} tensors have no checksum, first {without[0]!r}"
+        warnings.warn(text, UncheckedTensors, stacklevel=3)
     return saved

@@ -24,7 +24,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from flexq_core.quant.plan import PrecisionPlan
+from flexq_core.quant.plan import PlanError, PrecisionPlan
 from flexq_core.quant.quantize import quantize_weight
 from flexq_core.quant.spec import require_whole_groups
 from flexq_core.runtime.checkpoint_format import METHOD, VERSION, checksums, metadata, require_version
@@ -76,7 +76,14 @@ class FlexQHfQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        plan = resolve_plan(self.quantization_config.plan, model)
+        try:
+            plan = resolve_plan(self.quantization_config.plan, model)
+        except PlanError as error:
+            if not self.pre_quantized:
+                raise
+            raise PlanError(
+                f"{error}; a 6-bit checkpoint is loaded as the class that it was saved as, mostly AutoModelForCausalLM"
+            ) from error
         self.quantization_config.plan = plan
         weights = {name: model.get_submodule(name).weight for name in plan.layers}
         empty_layers_in_place(model, plan)

@@ -106,10 +106,8 @@ def model_folder(name: str) -> Path:
         "NOTICE*",
         "USE_POLICY*",
     ]
-    try:
+    with _explained(name, place):
         folder = Path(snapshot_download(place, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except Exception as error:  # its errors have no common base
-        raise ModelError(_explain(name, place, error)) from error
     if not any(folder.glob("model*.safetensors")):
         raise ModelError(
             f"the hub's {place} has no safetensors weights, and pickled ones, which can run code, are not read: convert it "
@@ -136,8 +134,10 @@ def load_model(
     folder = model_folder(name) if blocks_on_disk else None
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
-    try:
-        _require_unquantised(name, transformers.AutoConfig.from_pretrained(place, trust_remote_code=False))
+    with _explained(name, place):
+        config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+    _require_unquantised(name, config)
+    with _explained(name, place):
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         if folder is not None:
             on_disk = ModelOnDisk(folder, device=device, dtype=dtype)
@@ -146,10 +146,6 @@ def load_model(
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 place, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
-    except ModelError:
-        raise
-    except Exception as error:  # transformers raises OSError, ValueError and others for the same causes
-        raise ModelError(_explain(name, place, error)) from error
     config = model.config
     return LoadedModel(
         name=name,
@@ -285,8 +281,17 @@ def _fingerprint(place: str, config: Any) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+@contextmanager
+def _explained(name: str, place: str) -> Iterator[None]:
+    """Whatever is raised as a ModelError: errors of transformers and the hub have no common base."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(_explain(name, place, error)) from error
+
+
 def _explain(name: str, place: str, error: Exception) -> str:
-    """One sentence of cause and one of next step for what transformers raised."""
+    """One sentence of cause and one of next step for what was raised."""
     chain, cause = [], error
     while cause is not None and cause not in chain:
         chain.append(cause)
@@ -301,7 +306,9 @@ def _explain(name: str, place: str, error: Exception) -> str:
     elif "RepositoryNotFoundError" in kinds or "is not a valid model identifier" in text:
         step = "the hub has no such repository, or it is private: check the id, or log in with `hf auth login`"
     elif Path(place).is_dir():
-        step = f"the folder is not a complete causal language model with safetensors weights ({error})"
+        step = (
+            f"the folder is not a complete causal language model with its tokenizer and safetensors weights ({error})"
+        )
     elif kinds & {
         "ConnectionError",
         "ConnectTimeout",

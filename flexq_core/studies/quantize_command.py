@@ -60,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
 def _describe(written: Written) -> None:
     if written.plan.name == "flexq" and all(bits.activation_bits == 6 for bits in written.plan.layers.values()):
         print(
-            f"plan       flexq has 8-bit activations in {' and '.join(SENSITIVE_LAYERS)}, and this model has none so called: all "
-            "are 6-bit; --plan takes a file that names others"
+            f"plan       flexq has 8-bit activations in layers called {' or '.join(SENSITIVE_LAYERS)}, and this model has "
+            "none: all are 6-bit; --plan takes a file that names others"
         )
     worst = min(written.sqnr_db, key=written.sqnr_db.__getitem__)
     if written.left_out:

@@ -7,7 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from flexq_core.runtime.checkpoint import verify
+from flexq_core.runtime.checkpoint import UncheckedTensors, verify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:  # a CheckpointError and a PlanError are ValueErrors
         print(error, file=sys.stderr)
         return 1
-    unchecked = [str(warning.message) for warning in told if "no checksum" in str(warning.message)]
+    unchecked = [str(warning.message) for warning in told if warning.category is UncheckedTensors]
     for message in unchecked:
         print(message, file=sys.stderr)
     print(f"{folder}: all tensors {'that have a checksum ' * bool(unchecked)}are as they were saved")

@@ -102,6 +102,9 @@ __device__ __forceinline__ int cluster_of_block() {
   return cluster;
 }
 
+// This thread's arrival at the barrier of all threads of a cluster; those that have returned count as there.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+
 // True in one lane of a whole warp, the same each time. The compiler knows that it is one: a copy that it asks for needs no loop over
 // lanes whose addresses might differ.
 __device__ __forceinline__ bool elect_lane() {
@@ -140,6 +143,11 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
           shared_address(to)),
       "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
+}
+
+// Brings contiguous bytes, a multiple of 16, into the L2 cache.
+__device__ __forceinline__ void bulk_prefetch(const void* from, int bytes, uint64_t policy) {
+  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(from), "r"(bytes), "l"(policy) : "memory");
 }
 #endif
 

@@ -60,8 +60,9 @@ __global__ void __launch_bounds__(kWarps * 32) quantize_activation_kernel(const 
 }
 
 // In swizzled order, that of wgmma, a lane's 16 numbers are one vector of codes, those that four lanes q of the weights have of one i. A
-// warp takes four groups of a token, a block those of a tile, so that it reads rows and writes records a kilobyte at a time.
-constexpr int kSwizzledGroups = 4;
+// warp takes four groups of a token, a block those of a tile, so that it reads rows and writes records a kilobyte at a time. As long as a
+// warp for each group is not more than run at once, that is sooner done, by up to a microsecond.
+constexpr int kSwizzledGroups = 4, kWarpsAtOnce = 56;  // of a multiprocessor, beside a product's
 
 template <class Operation>
 __global__ void __launch_bounds__(kTokenTile * 32) quantize_swizzled_kernel(const __grid_constant__ Operation operation,
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kTokenTile * 32) quantize_swizzled_kernel(cons
 template <class Operation>
 void run(const char* what, const Operation& operation, const Records& records, bool vectors, cudaStream_t stream) {
   const int tokens = padded_tokens(records);
-  if (records.order == Order::swizzled) {
+  if (records.order == Order::swizzled && tokens * records.groups > kWarpsAtOnce * multiprocessor_count(what)) {
     const dim3 grid(tokens / kTokenTile, (records.groups + kSwizzledGroups - 1) / kSwizzledGroups);
     launch(what, quantize_swizzled_kernel<Operation>, grid, kTokenTile * 32, 0, 1, stream, operation, records, vectors);
   } else {

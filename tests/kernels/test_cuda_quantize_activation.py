@@ -381,6 +381,20 @@ def test_results_beyond_the_type_are_not_finite_either(backend):
 
 
 @gpu
+@bits_6_8
+@dtypes
+@pytest.mark.parametrize("features", [6, 200, 1030, 5001])
+def test_more_groups_than_are_quantised_at_once(features, dtype, bits):
+    """wgmma: a warp takes four of a token then, on any card of up to 170 multiprocessors."""
+    tokens = 9600 // -(-features // 128) + 5
+    x, up = random(tokens, features, dtype, seed=1), random(tokens, features, dtype, seed=2)
+    assert_same(run(cuda.quantize_activation, x, bits=bits, backend="wgmma"), x, bits)
+    assert_same(run(cuda.relu_quantize, x, bits=bits, backend="wgmma"), torch.relu(x), bits)
+    found = run(cuda.silu_mul_quantize, x, up, bits=bits, backend="wgmma")
+    assert_close(found, F.silu(x) * up, bits, share=1e-3)
+
+
+@gpu
 @each
 def test_more_tokens_than_a_grid_has_rows(backend):
     """A grid has 65535 rows at most; prefill of a batch has more tokens."""

@@ -56,6 +56,11 @@ def test_plans_that_do_not_fit_are_refused(source):
         AutoModelForCausalLM.from_pretrained(source, quantization_config=other)
 
 
+def test_a_checkpoint_loaded_as_another_class_says_as_which(saved):
+    with pytest.raises(PlanError, match="is loaded as the class that it was saved as, mostly AutoModelForCausalLM"):
+        transformers.AutoModel.from_pretrained(saved)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_loaded_in_any_type_codes_and_scales_stay_and_nothing_packed_is_trainable(saved, dtype):
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=dtype)

@@ -41,7 +41,9 @@ def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(ModelError, match="holds no config.json"):
         load_model(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ModelError, match="not a complete causal language model with safetensors weights"):
+    with pytest.raises(
+        ModelError, match="not a complete causal language model with its tokenizer and safetensors weights"
+    ):
         load_model(str(tmp_path))
 
 
