@@ -22,7 +22,7 @@ from flexq_core.quant.scales import (
     least_error_scales,
     rounded,
 )
-from flexq_core.quant.spec import GROUP_SIZE, SCALES, group_count, require_bits
+from flexq_core.quant.spec import GROUP_SIZE, SCALES, TEXTLESS_SCALES, group_count, require_bits
 
 _EXPONENT_LIMITS = (-126, 127)  # 2^e must itself be a normal float32
 
@@ -101,12 +101,13 @@ def quantize_weight(
     return Quantized(codes.flatten(-2), stored, bits, group_size, weight.shape[-1], exponents.to(torch.int8))
 
 
-def require_scales(scales: str) -> None:
-    """Raise ValueError, naming the nearest, unless `scales` is a way to choose scales."""
-    if scales not in SCALES:
-        nearest = get_close_matches(str(scales), SCALES, n=1)
+def require_scales(scales: str, accepted: tuple[str, ...] = SCALES) -> None:
+    """Raise ValueError, naming the nearest, unless `scales` is an accepted way to choose scales."""
+    if scales not in accepted:
+        nearest = get_close_matches(str(scales), accepted, n=1)
         hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-        raise ValueError(f"scales is {scales!r}{hint}; accepted: {', '.join(SCALES)}")
+        where = " where weights are quantised as they are read" if accepted == TEXTLESS_SCALES else ""
+        raise ValueError(f"scales is {scales!r}{hint}; accepted{where}: {', '.join(accepted)}")
 
 
 def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,6 +9,8 @@ WEIGHT_BITS = ACTIVATION_BITS = tuple(range(2, 9))
 """What the format can hold; the paper's are 6-bit weights with 6- or 8-bit activations. What reads others: runtime/ops.py."""
 SCALES = ("absmax", "mse", "output")
 """Ways to choose the scale of a group of weights (quant/scales.py)."""
+TEXTLESS_SCALES = ("absmax", "mse")
+"""Those of them that need no text, for weights that are quantised as they are read."""
 
 
 def code_limits(bits: int) -> tuple[int, int]:

@@ -25,8 +25,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flexq_core.quant.plan import PlanError, PrecisionPlan
-from flexq_core.quant.quantize import quantize_weight
-from flexq_core.quant.spec import require_whole_groups
+from flexq_core.quant.quantize import quantize_weight, require_scales
+from flexq_core.quant.spec import TEXTLESS_SCALES, require_whole_groups
 from flexq_core.runtime.checkpoint_format import METHOD, VERSION, checksums, metadata, require_version
 from flexq_core.runtime.convert import empty_layers_in_place, plan_or_rule, resolve_plan
 from flexq_core.runtime.linear import FlexQLinear, packed_parameters
@@ -37,7 +37,9 @@ class FlexQConfig(QuantizationConfigMixin):
     """How a model is quantised, for `from_pretrained(..., quantization_config=...)` and in a checkpoint's config.json.
 
     plan: `w6a6`, `w6a8`, `flexq`, a plan file (`*.json`), a PrecisionPlan, or one as a dictionary (as config.json has it).
-    Raises PlanError for what is no plan or no rule's name, CheckpointError for a format version that this release cannot read.
+    scales: of weights that are quantised on the fly, `absmax` or `mse` (quant/scales.py); a checkpoint holds what came of it.
+    Raises PlanError for what is no plan or no rule's name, CheckpointError for a format version that this release cannot read,
+    ValueError for other scales.
     """
 
     def __init__(
@@ -45,13 +47,16 @@ class FlexQConfig(QuantizationConfigMixin):
         plan: PrecisionPlan | dict | str | Path = "flexq",
         format_version: int = VERSION,
         quant_method: str = METHOD,
+        scales: str = "absmax",
         **unknown: Any,
     ) -> None:
         require_version(format_version)  # before what a newer format may have added
         if unknown:
-            raise TypeError(f"FlexQConfig has no {', '.join(map(repr, unknown))}; accepted: plan")
+            raise TypeError(f"FlexQConfig has no {', '.join(map(repr, unknown))}; accepted: plan, scales")
+        require_scales(scales, TEXTLESS_SCALES)
         self.quant_method = quant_method
         self.format_version = format_version
+        self.scales = scales
         self.plan = PrecisionPlan.from_dict(plan) if isinstance(plan, dict) else plan_or_rule(plan)
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,7 +119,7 @@ class FlexQHfQuantizer(HfQuantizer):
         return needed
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _QuantizeWeight()
+        return _QuantizeWeight(self.quantization_config.scales)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
         state = model.state_dict()
@@ -125,6 +130,9 @@ class FlexQHfQuantizer(HfQuantizer):
 class _QuantizeWeight(ConversionOps):
     """A weight as it is read → what a `FlexQLinear` keeps of it."""
 
+    def __init__(self, scales: str) -> None:
+        self._scales = scales
+
     def convert(
         self, input_dict: dict[str, Any], *, full_layer_name: str, model: nn.Module, **_: Any
     ) -> dict[str, Tensor]:
@@ -132,7 +140,8 @@ class _QuantizeWeight(ConversionOps):
         if isinstance(weight, list):
             (weight,) = weight
         layer = model.get_submodule(full_layer_name.rpartition(".")[0])
-        quantized = quantize_weight(weight, bits=layer.precision.weight_bits, group_size=layer.group_size)
+        bits, group_size = layer.precision.weight_bits, layer.group_size
+        quantized = quantize_weight(weight, bits=bits, group_size=group_size, scales=self._scales)
         prefix = full_layer_name.removesuffix("weight")
         return {prefix + name: tensor for name, tensor in packed_parameters(quantized).items()}
 

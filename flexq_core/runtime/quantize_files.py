@@ -29,8 +29,8 @@ from flexq_core.files.names import place_tensors
 from flexq_core.files.tensors import INDEX, SINGLE_FILE, find_tensors, headers, read_tensor, write_tensors
 from flexq_core.quant.packing import packed_bytes
 from flexq_core.quant.plan import LayerPrecision, PrecisionPlan
-from flexq_core.quant.quantize import dequantize, quantize_weight
-from flexq_core.quant.spec import group_count
+from flexq_core.quant.quantize import dequantize, quantize_weight, require_scales
+from flexq_core.quant.spec import TEXTLESS_SCALES, group_count
 from flexq_core.runtime.checkpoint import empty_model, require_tensors, verify_shard
 from flexq_core.runtime.checkpoint_format import (
     METHOD,
@@ -44,9 +44,6 @@ from flexq_core.runtime.checkpoint_format import (
 )
 from flexq_core.runtime.convert import resolve_plan
 from flexq_core.runtime.linear import packed_parameters
-
-FILE_SCALES = ("absmax", "mse")
-"""Ways to choose weights' scales that need no text (quant/scales.py)."""
 
 _ELEMENTS = 2**20
 """Of a weight that a thread quantises at once: float32 copies of them stay in its caches."""
@@ -136,10 +133,7 @@ class _Work:
     @classmethod
     def of(cls, source: Path, plan: PrecisionPlan | str | Path, scales: str) -> _Work:
         """Read config.json and the files' headers; raises as `quantize_files` for a source or a plan that does not fit."""
-        if scales not in FILE_SCALES:
-            raise ValueError(
-                f"scales is {scales!r}; accepted for files, which are read without a text: {', '.join(FILE_SCALES)}"
-            )
+        require_scales(scales, TEXTLESS_SCALES)
         config = read_config(source)
         if config.get("quantization_config"):
             method = config["quantization_config"].get("quant_method")

@@ -39,7 +39,7 @@ from flexq_core.studies import kernels_gpu
 from flexq_core.studies.kernels_claims import ERROR_BOUNDS, FLEXQ_ERROR_BOUND, claims
 from flexq_core.studies.kernels_combinations import read_combinations
 from flexq_core.studies.kernels_compared import mean_speedups, wgmma_wins
-from flexq_core.studies.parameters import counts, names, require_at_least, require_between
+from flexq_core.studies.parameters import counts, names, require_at_least, require_between, whole_number
 from flexq_core.studies.timing import LEAST_CALLS, best_s, cold_bytes, cpu_times_us, machine_limits, warm_up
 from flexq_core.workbook import gpu_tables
 from flexq_core.workbook.machine import outputs_of, preemptions, provenance
@@ -467,7 +467,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; see `--help`."""
     parser = argparse.ArgumentParser(prog="python -m flexq_core.studies.kernels", description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[1, 8, 64, 512], help="batch sizes (default: 1 8 64 512)"
+        "--tokens", type=whole_number, nargs="+", default=[1, 8, 64, 512], help="batch sizes (default: 1 8 64 512)"
     )
     parser.add_argument("--shapes", nargs="+", default=["demo"], help="NxK, or demo, paper or paper-a8 (default: demo)")
     parser.add_argument(

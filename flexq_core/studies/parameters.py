@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from difflib import get_close_matches
 
 from flexq_core.quant.plan import LayerPrecision, PrecisionPlan
@@ -71,6 +72,13 @@ def counts(text: str, what: str) -> list[int]:
     if not found:
         raise ValueError(f"{what} is empty; {accepted}")
     return found
+
+
+def whole_number(text: str) -> int:
+    """A command's argument that is a number of 1 or more: the `type` of argparse, which says what is wrong with another."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise ArgumentTypeError(f"{text!r} given; accepted: whole numbers of 1 or more")
+    return int(text)
 
 
 def _items(text: str) -> list[str]:

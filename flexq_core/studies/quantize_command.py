@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from flexq_core.quant.plan import RULES, SENSITIVE_LAYERS
-from flexq_core.runtime.quantize_files import FILE_SCALES, Written, quantize_files
+from flexq_core.quant.spec import TEXTLESS_SCALES
+from flexq_core.runtime.quantize_files import Written, quantize_files
 from flexq_core.sources.models import ModelError, model_folder
 
 _REFUSALS = (ModelError, OSError, ValueError)
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", default="flexq", help=f"{', '.join(RULES)}, or a plan file *.json (default: flexq)")
     parser.add_argument(
         "--scales",
-        choices=FILE_SCALES,
+        choices=TEXTLESS_SCALES,
         default="absmax",
         help="of weights: mse has the least squared error (default: absmax)",
     )

@@ -45,9 +45,22 @@ def test_quantised_on_the_fly_it_is_what_quantize_model_makes(source, tmp_path, 
     assert torch.equal(logits(flexq_core.load(tmp_path / "saved", dtype=torch.float32)), logits(expected))
 
 
+def test_scales_of_least_error_on_the_fly_are_those_of_files(source, tmp_path):
+    config = flexq_core.FlexQConfig("w6a6", scales="mse")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=config)
+    written = quantize_files(source, tmp_path / "out", "w6a6", scales="mse").folder
+    assert torch.equal(logits(model), logits(flexq_core.load(written, dtype=torch.float32)))
+    plain = flexq_core.quantize_model(tiny_model("llama-3"), "w6a6")
+    assert not torch.equal(logits(model), logits(plain))
+    model.save_pretrained(tmp_path / "saved")
+    assert "scales" not in (tmp_path / "saved" / "config.json").read_text()
+
+
 def test_plans_that_do_not_fit_are_refused(source):
-    with pytest.raises(TypeError, match="FlexQConfig has no 'pln'; accepted: plan"):
+    with pytest.raises(TypeError, match="FlexQConfig has no 'pln'; accepted: plan, scales"):
         flexq_core.FlexQConfig(pln="w6a6")
+    with pytest.raises(ValueError, match="accepted where weights are quantised as they are read: absmax, mse"):
+        flexq_core.FlexQConfig(scales="output")
     for plan, text in (("flexk", "did you mean 'flexq'"), ("nowhere.json", "cannot read the plan 'nowhere.json'")):
         with pytest.raises(PlanError, match=text):
             flexq_core.FlexQConfig(plan)

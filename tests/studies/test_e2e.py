@@ -653,6 +653,9 @@ def test_the_command_line_measures_keeps_records_and_names_what_is_wrong(tmp_pat
         command.main(["--model", "demo-llama", "--repeats", "0"])
     assert "repeats is 0; accepted: 1 or more" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        command.main(["--model", "demo-llama", "--output-tokens", "8", "0"])
+    assert "--output-tokens: '0' given; accepted: whole numbers of 1 or more" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         command.main(["--model", "demo-lama"])
     assert "Did you mean 'demo-llama'?" in capsys.readouterr().err
 

@@ -47,7 +47,7 @@ def test_scales_of_least_error_are_another_checkpoint_with_less_of_it(tmp_path):
     expected = flexq_core.quantize_model(tiny_model("llama"), "flexq", scales="mse").state_dict()
     found = flexq_core.load(tmp_path / "out", dtype=torch.float32).state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected if "_proj.weight" in name)
-    with pytest.raises(ValueError, match="accepted for files, which are read without a text: absmax, mse"):
+    with pytest.raises(ValueError, match="accepted where weights are quantised as they are read: absmax, mse"):
         quantize_files(source, tmp_path / "other", scales="output")
 
 

@@ -18,6 +18,7 @@ from flexq_core.studies.e2e import BEST_MODE, METHODS, WEIGHTS, EndToEndStudy, c
 from flexq_core.studies.e2e.decode import COMPILE_MODES
 from flexq_core.studies.e2e.parallel import ParallelStudy
 from flexq_core.studies.e2e_compared import plot_latency, plot_memory, plot_step, published_note
+from flexq_core.studies.parameters import whole_number
 from flexq_core.workbook.machine import outputs_of
 from flexq_core.workbook.records import Records
 from flexq_core.workbook.run import Run, print_claims
@@ -40,9 +41,11 @@ def _measure(arguments: list[str] | None, device: str) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="(default: all)")
     parser.add_argument("--backend", choices=ops.BACKENDS, default="auto", help="FlexQ's (default: auto)")
     parser.add_argument("--plan", default="", metavar="FILE", help="a plan file to time as well")
-    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128], help="one or more (default: 128)")
-    parser.add_argument("--output-tokens", type=int, nargs="+", default=[128], help="lengths (default: 128)")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1], help="one or more (default: 1)")
+    parser.add_argument(
+        "--prompt-tokens", type=whole_number, nargs="+", default=[128], help="one or more (default: 128)"
+    )
+    parser.add_argument("--output-tokens", type=whole_number, nargs="+", default=[128], help="lengths (default: 128)")
+    parser.add_argument("--batch-size", type=whole_number, nargs="+", default=[1], help="one or more (default: 1)")
     parser.add_argument("--layers", type=int, default=0, help="with random weights: this many blocks (default: all)")
     parser.add_argument(
         "--compile-mode",
