@@ -102,10 +102,13 @@ def _copied_bars(published: pd.DataFrame) -> dict[str, dict[int, list[str]]]:
 
 
 def plot_memory(table: pd.DataFrame, model: str, published: pd.DataFrame) -> Figure:
-    """Memory by method for the longest output: linear weights, the rest of the model, KV cache; below, the paper's."""
+    """Memory by method for the longest output: linear weights, the rest, KV cache; below, in its unit, the paper's."""
     measured = table.dropna(subset=["weights_mib"])
     rows = measured[measured["output_tokens"] == measured["output_tokens"].max()].iloc[::-1]
     longest = published[published["output_tokens"] == published["output_tokens"].max()].iloc[::-1]
+    unit, mib = ("GB", 2**20 / 1e9) if len(longest) else ("MiB", 1.0)
+    sizes = ["weights_mib", "linear_weights_mib", "kv_cache_mib"]
+    rows = rows.assign(**rows[sizes].astype(float) * mib)
     figure, axes = _panels(1, len(rows), 1 if len(longest) else 0)
     axis, (titles, colours) = axes[0, 0], _titles_and_colours(rows)
     rest = rows["weights_mib"] - rows["linear_weights_mib"]
@@ -113,7 +116,7 @@ def plot_memory(table: pd.DataFrame, model: str, published: pd.DataFrame) -> Fig
     axis.barh(titles, rest, left=rows["linear_weights_mib"], color=figures.NEUTRAL)
     cache = {"color": "white", "edgecolor": figures.INK, "hatch": _PREFILL, "linewidth": 0.6}
     bars = axis.barh(titles, rows["kv_cache_mib"], left=rows["weights_mib"], **cache)
-    _finish(axis, bars, rows["weights_mib"] + rows["kv_cache_mib"], "", f"memory, {model} (MiB)")
+    _finish(axis, bars, rows["weights_mib"] + rows["kv_cache_mib"], "", f"memory, {model} ({unit})")
     if len(longest):
         titles, colours = _titles_and_colours(longest, paper=True)
         copied = {m for bars in _copied_bars(longest).values() for m in bars.get(longest["output_tokens"].max(), [])}

@@ -5,7 +5,7 @@
 // 2.7, most of it from the end of the product before, which it waits for, to its own, which the next one waits for. Nothing shortens
 // that: several groups a warp, to have fewer blocks, take 0.5 to 2 us more; blocks of eight warps as long; blocks for the tokens alone,
 // without those that fill a tile, up to 0.3 less with one token of 28,672 numbers, else as long; letting the next kernel begin later, up
-// to 2 more; asking for the products' split of shared memory and cache, as long. What does is no launch at all: see w6ax_imma_row.cu.
+// to 2 more; asking for the products' split of shared memory and cache, or for the numbers before they may be read, as long. What does is no launch at all: see w6ax_imma_row.cu.
 #include "kernels.h"
 #include "quantize.cuh"
 
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kTokenTile * 32) quantize_swizzled_kernel(cons
 template <class Operation>
 void run(const char* what, const Operation& operation, const Records& records, bool vectors, cudaStream_t stream) {
   const int tokens = padded_tokens(records);
-  if (records.order == Order::swizzled && tokens * records.groups > kWarpsAtOnce * multiprocessor_count(what)) {
+  if (records.order == Order::swizzled && int64_t(tokens) * records.groups > kWarpsAtOnce * multiprocessor_count(what)) {
     const dim3 grid(tokens / kTokenTile, (records.groups + kSwizzledGroups - 1) / kSwizzledGroups);
     launch(what, quantize_swizzled_kernel<Operation>, grid, kTokenTile * 32, 0, 1, stream, operation, records, vectors);
   } else {

@@ -1190,7 +1190,12 @@ def test_figures_show_every_method_with_units(published, tmp_path):
     assert {axis.get_xlabel() for axis in panels} == {"time (s)"} | ({"paper's GPU (s)"} if len(published) else set())
     if len(published):
         assert [label.get_text() for label in panels[2].get_yticklabels()] == ["FlexQ", "W8A8", "W8A16", "FP16"]
-    assert memory.axes[0].get_xlabel() == "memory, name (MiB)"
+    assert memory.axes[0].get_xlabel() == f"memory, name ({'GB' if len(published) else 'MiB'})"
+    widest = max(bar.get_x() + bar.get_width() for bar in memory.axes[0].patches)
+    longest = table[table["output_tokens"] == 128]
+    assert widest == pytest.approx(
+        (longest["weights_mib"] + longest["kv_cache_mib"]).max() * (2**20 / 1e9 if len(published) else 1)
+    )
     assert len(panels) == 2 + published["output_tokens"].nunique()
     for figure in (latency, memory):
         figure.savefig(tmp_path / "figure.svg")
