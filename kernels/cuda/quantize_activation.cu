@@ -5,7 +5,8 @@
 // 2.7, most of it from the end of the product before, which it waits for, to its own, which the next one waits for. Nothing shortens
 // that: several groups a warp, to have fewer blocks, take 0.5 to 2 us more; blocks of eight warps as long; blocks for the tokens alone,
 // without those that fill a tile, up to 0.3 less with one token of 28,672 numbers, else as long; letting the next kernel begin later, up
-// to 2 more; asking for the products' split of shared memory and cache, or for the numbers before they may be read, as long. What does is no launch at all: see w6ax_imma_row.cu.
+// to 2 more; asking for the products' split of shared memory and cache, or for the numbers before they may be read, as long. What does
+// is no launch at all: see w6ax_imma_row.cu.
 #include "kernels.h"
 #include "quantize.cuh"
 
