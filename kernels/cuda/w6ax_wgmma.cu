@@ -60,8 +60,6 @@ struct Shape {
   static constexpr int kRegisters = kTakesRegisters ? (kAllotted - 128 * kFetchRegisters) / kConsumers / 8 * 8 : 0;
   static_assert(kRegisters <= 255, "as many as an instruction can name");
   static constexpr int kEarlyStages = kTokens == 16 ? 3 : 2;  // of weights, before activations are there: more would keep those waiting
-  // Whose weights come as far as the L2 cache meanwhile, where memory sets the time: 3 to 4% of it.
-  static constexpr int kAheadStages = kTokens <= 32 ? 4 : kTokens == 64 ? 1 : 0;
   static constexpr int kTurnedTokens = kTokens == 256 ? 64 : kTokens > 16 ? 32 : 16;  // that are stored at once, as there is room
   static constexpr int kTurnedBytes = kTurnedTokens * 16 * 2;  // of a warp: two bytes for each of its 16 outputs
   static constexpr int kTurnedAtOnce = kManyTiles ? kWarps * kTurnedBytes : 0;  // a block of one tile has its stages' room for them
@@ -267,6 +265,8 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
   const auto scales_at = [](int unit) { return unit / kUnitsOfRecord * Parts::kRecordStride + unit % kUnitsOfRecord * kUnit * 4; };
   // Vectors of scales that are read before the sums are waited for: as many as registers are left for.
   constexpr int kEarlyScales = kTokens == 256 ? 2 : kTokens == 128 ? kUnit / 16 : 0;
+  // Stages after the early ones whose weights come as far as the L2 cache, where memory sets the time: 3 to 4% of it.
+  constexpr int kAheadStages = kTokens <= 32 ? 4 : kTokens == 64 ? 1 : 0;
   extern __shared__ uint8_t unaligned[];
   uint8_t* shared = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
   uint8_t* turned = shared + (Parts::kManyTiles ? kStages * Parts::kStageBytes : 0);
@@ -326,7 +326,7 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
 #pragma unroll 1
         for (int s = 0; s < at_once; ++s) fetch_weights(s);
 #pragma unroll 1
-        for (int ahead = 0; ahead < min(groups - at_once, Parts::kAheadStages); ++ahead)
+        for (int ahead = 0; ahead < min(groups - at_once, kAheadStages); ++ahead)
 #pragma unroll
           for (int c = 0; c < Parts::kChunks; ++c)
             bulk_prefetch(weights + min(c, last_chunk) * next_chunk + ahead * kChunkBytes, kChunkBytes, policy);
