@@ -306,12 +306,13 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
       const int record = first_record + (both ? now.half : 0);
       const uint8_t* records = p.activations + (int64_t(record) * p.groups + first_group) * Parts::kRecordBytes;
       const uint8_t* second = records + (both ? int64_t(p.groups) * Parts::kRecordBytes : 0);
+      const auto chunk = [&](int c) { return weights + min(c, last_chunk) * next_chunk; };  // of the next group
       const auto fetch_weights = [&](int s) {
         barrier_expect(full + s, records_at_once * Parts::kRecordBytes + Parts::kChunks * kChunkBytes);
         uint8_t* const to = shared + s * Parts::kStageBytes + Parts::kChunksAt;
 #pragma unroll
         for (int c = 0; c < Parts::kChunks; ++c)
-          bulk_copy(to + c * kChunkBytes, weights + min(c, last_chunk) * next_chunk, kChunkBytes, full + s, policy);
+          bulk_copy(to + c * kChunkBytes, chunk(c), kChunkBytes, full + s, policy);
         weights += kChunkBytes;
       };
       const auto fetch_records = [&](int s) {
@@ -328,8 +329,7 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
 #pragma unroll 1
         for (int ahead = 0; ahead < min(groups - at_once, kAheadStages); ++ahead)
 #pragma unroll
-          for (int c = 0; c < Parts::kChunks; ++c)
-            bulk_prefetch(weights + min(c, last_chunk) * next_chunk + ahead * kChunkBytes, kChunkBytes, policy);
+          for (int c = 0; c < Parts::kChunks; ++c) bulk_prefetch(chunk(c) + ahead * kChunkBytes, kChunkBytes, policy);
         wait_for_previous_kernel();
 #pragma unroll 1
         for (int s = 0; s < at_once; ++s) fetch_records(s);
