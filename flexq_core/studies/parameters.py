@@ -66,7 +66,7 @@ def counts(text: str, what: str) -> list[int]:
     """Comma-separated whole numbers of 1 or more, without repetition and in order; ValueError names the first other."""
     accepted = "accepted: whole numbers of 1 or more, comma-separated, such as 1,8,64"
     for item in _items(text):
-        if not (item.isascii() and item.isdigit() and int(item)):
+        if not _counts(item):
             raise ValueError(f"{what} holds {item!r}; {accepted}")
     found = sorted({int(item) for item in _items(text)})
     if not found:
@@ -76,9 +76,13 @@ def counts(text: str, what: str) -> list[int]:
 
 def whole_number(text: str) -> int:
     """A command's argument that is a number of 1 or more: the `type` of argparse, which says what is wrong with another."""
-    if not (text.isascii() and text.isdigit() and int(text)):
+    if not _counts(text):
         raise ArgumentTypeError(f"{text!r} given; accepted: whole numbers of 1 or more")
     return int(text)
+
+
+def _counts(text: str) -> bool:
+    return text.isascii() and text.isdigit() and int(text) > 0
 
 
 def _items(text: str) -> list[str]:

@@ -89,7 +89,8 @@ def _measure(arguments: list[str] | None, device: str) -> int:
                 run.records.drop_old()
                 _draw(run, study, table)
             print(f"batch {study.batch_size}, {study.prompt_tokens} prompt tokens")
-            print(table.T.to_string(float_format=lambda value: f"{value:.4g}"))
+            shown = table.dropna(axis=1, how="all").T  # what nothing here has, such as a step's parts without a GPU
+            print(shown.to_string(float_format=lambda value: f"{value:.4g}", na_rep="-"))
             print_claims(claims(table, study.ratios_model, study.prompt_tokens))
     return 0
 
