@@ -32,8 +32,10 @@ _MODELS_TOLD = (
     "Whole models{weights}, decoded greedily: tokens of the prompt and of the outputs, the time to the first\n"
     "token (TTFT) and for each later one (TPOT), the least that a step's bytes take at the card's measured bandwidth, the\n"
     "memory of all weights, and how many times as long FP16 takes for a token; each method in the fastest of torch's modes that\n"
-    "it was timed in:"
+    "it was tried in:"
 )
+_COMPILED = "compiled: "
+"""What the reason of a `captured` record begins with, before the mode."""
 _ENGINE = {"compile_mode": "", "weights": "pretrained"}
 """What else tells a model's runs apart → what it is where a record does not say; a column where it is not the same for all."""
 
@@ -124,9 +126,21 @@ def model_times(records: pd.DataFrame) -> pd.DataFrame:
         lambda p: "prompt_tokens" in p and not p.get("layers") and p.get("processes", 1) == 1
     )
     of_gpus = mine[whole.astype(bool) & mine["driver"].notna()]
+    of_gpus = as_compiled(of_gpus)
     longest = of_gpus["parameters"].map(lambda p: {**p, "output_tokens": max(p.get("output_tokens", [0]))})
     absent = {"batch_size": 1, "prompt_tokens": 0, "output_tokens": 0, **_ENGINE, "backend": ""}
     return _newest(of_gpus.assign(parameters=longest), absent, ["tpot_ms", "ttft_ms", "limit_ms", "weights_mib"])
+
+
+def as_compiled(records: pd.DataFrame) -> pd.DataFrame:
+    """Records of 04_e2e with the mode that torch compiled in as their compile_mode, also where it was chosen as the best."""
+    told = records[(records["metric"] == "captured") & records["reason"].astype(str).str.startswith(_COMPILED)]
+    modes = dict(zip(told["key"], told["reason"].str.removeprefix(_COMPILED), strict=True))
+    parameters = [
+        {**p, "compile_mode": modes[key]} if key in modes else p
+        for key, p in zip(records["key"], records["parameters"], strict=True)
+    ]
+    return records.assign(parameters=pd.Series(parameters, records.index, dtype=object))
 
 
 def _newest(rows: pd.DataFrame, parameters: Mapping[str, Any], metrics: list[str]) -> pd.DataFrame:

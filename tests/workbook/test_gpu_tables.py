@@ -20,7 +20,7 @@ def record(tmp_path, monkeypatch):
         facts = {"git_commit": None, "dirty": None, "versions": {}, "device": card or "a processor"}
         facts |= {"driver": "1" if card else None, "time": f"2026-01-01T0{hour}:00:00+00:00"}
         monkeypatch.setattr("flexq_core.workbook.records.provenance", lambda _: facts)
-        values = {metric: Measurement(value, "") for metric, value in measured.items()}
+        values = {m: v if isinstance(v, Measurement) else Measurement(v, "") for m, v in measured.items()}
         case = {"model": model, "method": method, "seed": hour, "parameters": parameters | {"device": card}}
         Records(study, tmp_path / (card or "cpu")).once(**case, compute=lambda: values)
 
@@ -139,6 +139,20 @@ def test_each_method_is_shown_in_its_fastest_mode(record, tables):
     assert table[["compile_mode", "method", "TPOT (ms)", "over FP16"]].values.tolist() == [
         ["best", "fp16", "9.00", "1.00×"],
         ["default", "flexq", "4.00", "2.25×"],
+    ]
+
+
+def test_the_mode_that_was_chosen_is_shown_and_of_the_same_the_newest_run(record, tables):
+    for hour, asked, ran, tpot_ms in ((1, "best", "default", 7.0), (2, "default", "default", 7.5)):
+        measured = {"tpot_ms": tpot_ms, "captured": Measurement(1, "1", f"compiled: {ran}")}
+        case = {"batch_size": 1, "prompt_tokens": 128, "compile_mode": asked}
+        record("04_e2e", H100, "llama-13b", "fp16", measured, hour, **case)
+    measured = {"tpot_ms": 4.0, "captured": Measurement(1, "1", "compiled: max-autotune")}
+    record("04_e2e", H100, "llama-13b", "flexq", measured, hour + 1, **case | {"compile_mode": "best"})
+    (table,) = tables().values()
+    assert table[["compile_mode", "method", "TPOT (ms)"]].values.tolist() == [
+        ["default", "fp16", "7.50"],
+        ["max-autotune", "flexq", "4.00"],
     ]
 
 

@@ -240,7 +240,7 @@ def _end_to_end_claim(model: str, method: str, rival: str, quantity: str) -> Cla
     stated = rows[quantity].mean()
 
     def judge(records: pd.DataFrame, tolerance: Tolerance) -> Verdict:
-        card, ours = end_to_end_ratios(records, quantity, rival)
+        card, ours = end_to_end_ratios(records, quantity, rival, model)
         cases, told = {}, []
         for row in rows.itertuples():
             ratio, printed = ours.get((model, row.output_tokens)), getattr(row, quantity)

@@ -13,6 +13,7 @@ from flexq_core.runtime.ops import BACKENDS
 from flexq_core.sources import paper
 from flexq_core.studies.e2e_claims import RATIOS_PROMPT
 from flexq_core.workbook import load_records, paths
+from flexq_core.workbook.gpu_tables import as_compiled
 from flexq_core.workbook.report import accuracy_table
 
 STUDY = "05_report"
@@ -99,7 +100,8 @@ def divergences_text(kinds: Mapping[str, float]) -> str:
 
 
 _METHODS_OWN = {"backend", "plan", "plan_sha256", "activation_bits", "weight_bits", "fingerprint", "dtype", "method"}
-"""Parameters in which two methods that are compared may differ."""
+_METHODS_OWN |= {"compile_mode"}
+"""Parameters in which two methods that are compared may differ. Each is compiled in the mode in which it is the fastest."""
 RIVALS: dict[str, Callable[[str], bool]] = {
     "INT8": lambda method: method in ("torch-int8", "cublas-int8"),
     "ABQ-LLM": lambda method: "abq" in method,
@@ -213,14 +215,15 @@ QUANTITIES = {"latency": ("total_s/", "as fast as"), "memory": ("memory_mib/", "
 """What is compared end to end → the beginning of its metric's name, and how a claim says it."""
 
 
-def end_to_end_ratios(records: pd.DataFrame, quantity: str, rival: str) -> Ratios:
+def end_to_end_ratios(records: pd.DataFrame, quantity: str, rival: str, model: str = "") -> Ratios:
     """The rival's latency or memory over FlexQ's on one GPU, one sequence at a time: (model, output tokens) → ratio.
 
+    model: of this one alone, on the GPU with the most of it; of all models, which together make a mean, unless one is given.
     Latency is the time of the whole output, after a prompt of RATIOS_PROMPT tokens: of longer ones it is partly another
     quantity. Memory is the weights and the KV cache after it, which is what the paper's bars grow by; both are counted from
     tensors.
     """
-    card, table = _end_to_end(records, quantity, rival)
+    card, table = _end_to_end(records[records["model"] == model] if model else records, quantity, rival)
     return Ratios(card, {(row.model, int(row.metric.split("/")[-1])): row.ratio for row in table.itertuples()})
 
 
@@ -230,14 +233,17 @@ def end_to_end_rivals(records: pd.DataFrame, quantity: str, rival: str) -> dict[
 
 
 def _end_to_end(records: pd.DataFrame, quantity: str, rival: str) -> tuple[str, pd.DataFrame]:
-    """The GPU and its rows of `ratios`, of whole outputs of one sequence."""
+    """The GPU and its rows of `ratios`, of whole outputs of one sequence; FlexQ's fastest of each case alone."""
+    records = as_compiled(records)
     if quantity == "memory":
         records = _memory(records)
     table = ratios(records, "04_e2e", QUANTITIES[quantity][0], rival)
     alike = table["parameters"].map(
         lambda p: p.get("batch_size", p.get("batch", 1)) == 1 and p.get("prompt_tokens", RATIOS_PROMPT) == RATIOS_PROMPT
     )
-    return _of_one_card(table[alike.astype(bool) & table["metric"].astype(str).str.fullmatch(r".*/\d+")])
+    table = table[alike.astype(bool) & table["metric"].astype(str).str.fullmatch(r".*/\d+")]
+    fastest = table.sort_values("ratio", kind="stable").drop_duplicates(["device", "model", "metric"], keep="last")
+    return _of_one_card(fastest)
 
 
 def paper_end_to_end_ratios() -> pd.DataFrame:

@@ -21,7 +21,7 @@ def folder(tmp_path, monkeypatch):
 def record(folder, monkeypatch):
     def write(study, model, method, measured, machine=CPU, **parameters):
         monkeypatch.setattr("flexq_core.workbook.records.provenance", lambda _: machine)
-        measurements = {metric: Measurement(value, "1") for metric, value in measured.items()}
+        measurements = {m: v if isinstance(v, Measurement) else Measurement(v, "1") for m, v in measured.items()}
         Records(study, folder).replace(model=model, method=method, parameters=parameters, seed=0, measured=measurements)
 
     return write

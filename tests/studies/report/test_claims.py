@@ -5,6 +5,7 @@ import pytest
 from flexq_core.sources import paper
 from flexq_core.studies.report.claims import NOT_MEASURED, NOT_REPRODUCED, REPRODUCED, Tolerance, judge, paper_claims
 from flexq_core.studies.report.evidence import end_to_end_ratios, paper_increases, ratios, read_records
+from flexq_core.workbook.records import Measurement
 from tests.studies.report.cases import CPU, GPU, verdict
 
 
@@ -155,6 +156,37 @@ def test_end_to_end_needs_every_length_and_the_whole_model(record):
     generate(1.2, 128, 256, 512, 1024)
     assert verdict(text).verdict == NOT_REPRODUCED
     assert verdict("1.33× as fast as SmoothQuant").evidence == 4
+
+
+@pytest.mark.parametrize("hours", [(1, 2), (2, 1)])
+def test_each_method_is_taken_in_its_fastest_mode_whichever_was_measured_last(record, hours):
+    for hour, mode, slower in zip(hours, ("default", "best"), (1.0, 1.2), strict=True):
+        machine = GPU | {"time": f"2026-01-01T0{hour}:00:00+00:00"}
+        for method, total_s in (("flexq", 1.0 * slower), ("w8a8", 1.6 / slower)):
+            ran = Measurement(1, "1", "compiled: " + mode.replace("best", "max-autotune"))
+            record("04_e2e", "llama-7b", method, {"total_s/128": total_s, "captured": ran}, machine, compile_mode=mode)
+    (ratio,) = end_to_end_ratios(read_records(), "latency", "W8A8").of.values()
+    assert ratio == pytest.approx(1.6 / 1.2)
+
+
+def test_a_mode_that_was_chosen_is_the_same_as_that_mode_and_the_newest_run_counts(record):
+    for hour, mode, total_s in ((1, "best", 1.2), (2, "default", 1.6)):
+        machine = GPU | {"time": f"2026-01-01T0{hour}:00:00+00:00"}
+        for method, seconds in (("flexq", 1.0), ("w8a8", total_s)):
+            measured = {"total_s/128": seconds, "captured": Measurement(1, "1", "compiled: default")}
+            record("04_e2e", "llama-7b", method, measured, machine, compile_mode=mode)
+    assert end_to_end_ratios(read_records(), "latency", "W8A8").of == {("llama-7b", 128): 1.6}
+
+
+def test_a_claim_about_a_model_asks_the_card_that_has_it(record):
+    for card, model in (("first", "llama-7b"), ("second", "llama-13b"), ("second", "llama-30b")):
+        for method, each in (("w8a8", 2.0), ("flexq", 1.0)):
+            seconds = {f"total_s/{length}": each for length in (128, 256, 512, 1024)}
+            record("04_e2e", model, method, seconds, GPU | {"device": card})
+    for model, card in (("llama-7b", "first"), ("llama-13b", "second")):
+        found = verdict(f"{model}: FlexQ is 1.{33 if card == 'first' else 28}× as fast as W8A8")
+        assert found.verdict == REPRODUCED and found.detail.startswith(f"{card}: ")
+    assert verdict("1.33× as fast as SmoothQuant").evidence == 8  # a mean is of one card
 
 
 @pytest.mark.parametrize(("weights_mib", "status"), [(150.0, REPRODUCED), (110.0, NOT_REPRODUCED)])
