@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "studies": {"quant", "runtime", "sources", "workbook"},
     "workbook": set(),
 }
-ONCE_CALLED = {"workbook": {"runtime"}}  # inside functions only: describing the machine asks whether the kernel builds
+ONCE_CALLED = {"workbook": {"runtime", "sources"}}
+"""Inside functions only: describing the machine asks whether the kernel builds, and what is reproduced is looked for before."""
 
 
 def imported(tree: ast.AST) -> set[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexq_core.workbook import paths
-from flexq_core.workbook.execute import DEMO, NotebookError, execute, execute_all, reproduction
+from flexq_core.workbook.execute import DEMO, NotebookError, execute, execute_all, lacking, reproduction
 from flexq_core.workbook.records import (
     RecordError,
     current,
@@ -70,9 +70,18 @@ def _demo(_: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
+    from flexq_core.sources.models import ModelError, locate_model
+
     given = _from_here({"model": options.model, "data_dir": options.data_dir})
+    try:
+        locate_model(given["model"])
+    except ModelError as error:
+        raise ParameterError(str(error)) from error
     print(f"Notebooks on {options.model}; what is on record is not computed again.")
-    return _finish(execute_all(reproduction(**given), stop_at_failure=True))
+    without = lacking(**given)
+    if without:
+        print(f"Left out, since {options.data_dir} has nothing of it: {', '.join(without)}.")
+    return _finish(execute_all(reproduction(**given, without=without), first_decides=True))
 
 
 def _finish(well: bool) -> int:

@@ -7,13 +7,13 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flexq_core.workbook import paths
-from flexq_core.workbook.run import check_parameters
+from flexq_core.workbook.run import ParameterError, check_parameters
 
 KERNEL = "flexq"
 PARTIAL = "-partial.ipynb"
@@ -32,18 +32,45 @@ DEMO: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 """What `make demo` runs, in order."""
 
-PAPER_TASKS = "piqa,arc_easy,arc_challenge,boolq,hellaswag,winogrande"
+_SECOND_TEXT = "c4"
 
 
-def reproduction(model: str, data_dir: str = "") -> list[tuple[str, dict[str, Any]]]:
-    """What `make reproduce` runs for any model, in order; 02 scores the plan that 01 writes."""
+def lacking(model: str, data_dir: str) -> list[str]:
+    """Of the texts and tasks that `reproduction` asks for, those of which a folder has no file; of the hub none.
+
+    Raises ParameterError where it lacks the text that the model is scored on first.
+    """
+    from flexq_core.sources.data import default_dataset
+    from flexq_core.sources.demo import DEMO_MODELS
+    from flexq_core.sources.held import held_by
+    from flexq_core.sources.tasks import PAPER_TASKS
+
+    if not data_dir:
+        return []
+    held, first = held_by(data_dir), default_dataset(model in DEMO_MODELS)
+    if model not in DEMO_MODELS and first not in held:
+        raise ParameterError(
+            f"data_dir is {data_dir!r}, which has no file of {first}: {', '.join(held) or 'nothing'} is there"
+        )
+    return [name for name in (_SECOND_TEXT, *PAPER_TASKS) if name not in held]
+
+
+def reproduction(model: str, data_dir: str = "", without: Collection[str] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """What `make reproduce` runs for any model, in order; 02 scores the plan that 01 writes.
+
+    without: tasks that are left out, and the second text.
+    """
+    from flexq_core.sources.tasks import PAPER_TASKS
+
     here = {"model": model, "data_dir": data_dir}
     plan = paths.plan_file({"model": model})
+    asked = ",".join(task for task in PAPER_TASKS if task not in without)
+    second = ("02_accuracy", {**here, "tasks": "", "dataset": _SECOND_TEXT, "scales": "absmax"})
     return [
         ("00_quickstart", {"model": model}),
         ("01_sensitivity", here),
-        ("02_accuracy", {**here, "tasks": PAPER_TASKS, "plan": str(plan)}),
-        ("02_accuracy", {**here, "tasks": "", "dataset": "c4", "scales": "absmax"}),
+        ("02_accuracy", {**here, "tasks": asked, "plan": str(plan)}),
+        *([] if _SECOND_TEXT in without else [second]),
         ("03_kernels", {"shapes": "paper", "tokens": "1,4,8"}),
         ("03_kernels", {"shapes": "paper", "tokens": "1,4,8", "activation_bits": 8}),
         ("04_e2e", {"model": model, "output_tokens": "128,256,512,1024"}),
@@ -77,7 +104,7 @@ def execute(study: str, parameters: Mapping[str, Any]) -> Path:
                 dict(parameters),
                 kernel_name=KERNEL,
                 cwd=paths.NOTEBOOKS,
-                progress_bar=False,
+                progress_bar={"desc": f"  {study}", "leave": False} if _is_watched() else False,
                 shutdown_kernel="immediate",  # else it is interrupted first, which now and then prints an error
             )
         except PapermillExecutionError as error:
@@ -91,23 +118,31 @@ def execute(study: str, parameters: Mapping[str, Any]) -> Path:
     return copy
 
 
-def execute_all(plan: Iterable[tuple[str, Mapping[str, Any]]], *, stop_at_failure: bool = False) -> bool:
+def _is_watched() -> bool:
+    return sys.stderr.isatty()
+
+
+def execute_all(plan: Sequence[tuple[str, Mapping[str, Any]]], *, first_decides: bool = False) -> bool:
     """Run notebooks one after another, say how each went, and return whether all of them did well.
 
-    stop_at_failure: leave out what follows the first one that fails.
+    first_decides: where the first one fails, the others are left out, and that is said.
     """
     well = True
-    for study, parameters in plan:
+    for place, (study, parameters) in enumerate(plan):
         title = " ".join([study, *(f"{name}={value}" for name, value in parameters.items() if value != "")])
-        print(f"  {title:<84} ", end="", flush=True)
+        title = f"  {title:<84} "
+        if not _is_watched():  # where its bar stands meanwhile
+            print(title, end="", flush=True)
+            title = ""
         start = time.perf_counter()
         try:
             execute(study, parameters)
-            print(f"done in {time.perf_counter() - start:.0f} s", flush=True)
+            print(f"{title}done in {time.perf_counter() - start:.0f} s", flush=True)
         except NotebookError as error:
             well = False
-            print(f"FAILED after {time.perf_counter() - start:.0f} s\n{error}", flush=True)
-            if stop_at_failure:
+            print(f"{title}FAILED after {time.perf_counter() - start:.0f} s\n{error}", flush=True)
+            if first_decides and place == 0:
+                print("  left out: " + ", ".join(dict.fromkeys(later for later, _ in plan[1:])), flush=True)
                 break
     return well
 

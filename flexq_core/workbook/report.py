@@ -47,19 +47,20 @@ def accuracy_table(records: pd.DataFrame) -> pd.DataFrame:
     table = texts[keys].drop_duplicates().merge(_wide(texts, keys), on=keys)
     keys.remove("dataset")
     table = table.merge(_wide(tasks, keys), on=keys, how="left")
+    for column in ("perplexity", "linear_weight_mib"):
+        if column not in table:
+            table[column] = float("nan")
     accuracies = [column for column in table if column.startswith("accuracy/")]
     table["accuracy"] = table[accuracies].mean(axis=1) if accuracies else float("nan")
     group = ["model", "outliers", "dataset"]
     base = table[table["backend"] == "torch"].set_index(group)["perplexity"].to_dict()
     against = [base.get(case, float("nan")) for case in table[group].itertuples(index=False, name=None)]
     table["change_percent"] = 100 * (table["perplexity"] / against - 1)
-    if "linear_weight_mib" not in table:
-        table["linear_weight_mib"] = float("nan")
     return table
 
 
-_PARTS = ("loss_nats/", "weight_sqnr_db/", "output_sqnr_db/")
-"""Metrics of parts of a text, for comparing methods, and of single layers."""
+_PARTS = ("loss_nats/", "weight_sqnr_db/", "output_sqnr_db/", "layers_on/", "difference_from_")
+"""Metrics of parts of a text, for comparing methods, of single layers, and of the kernels that a batch runs on."""
 _CASE = {"backend": "", "outliers": 0.0, "dataset": ""}
 _OWN = {*_CASE, "plan_sha256", "calibration_windows", "scales", "task"}
 """Parameters in which rows of one table may differ; what differs otherwise is not compared."""

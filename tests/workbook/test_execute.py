@@ -10,7 +10,7 @@ from nbformat import v4
 from flexq_core.workbook import ParameterError, paths
 from flexq_core.workbook import __main__ as command
 from flexq_core.workbook.__main__ import _from_here, main
-from flexq_core.workbook.execute import DEMO, execute, execute_all, reproduction
+from flexq_core.workbook.execute import DEMO, execute, execute_all, lacking, reproduction
 from flexq_core.workbook.run import check_parameters
 
 PARAMETERS = """model: str = "demo"  # which model
@@ -153,9 +153,31 @@ def test_a_notebook_that_is_not_there_is_refused(capsys):
     assert "goood" in said and "bad" in said and "good" in said.replace("goood", "")
 
 
-def test_a_reproduction_stops_at_the_first_failure(folder):
-    assert execute_all([("bad", {}), ("good", {})], stop_at_failure=True) is False
+def test_a_reproduction_ends_where_the_first_notebook_fails_and_says_what_is_left_out(folder, capsys):
+    assert execute_all([("bad", {}), ("good", {}), ("good", {"count": 2})], first_decides=True) is False
+    assert capsys.readouterr().out.splitlines()[-1] == "  left out: good"
     assert not (folder / "good-all.ipynb").exists()
+    assert execute_all([("good", {}), ("bad", {}), ("good", {"count": 2})], first_decides=True) is False
+    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["good", "count=2", "done"]
+
+
+def test_a_reproduction_leaves_out_what_the_data_folder_does_not_have(tmp_path):
+    assert lacking("org/name", "") == []
+    with pytest.raises(ParameterError, match="has no file of wikitext2: nothing is there"):
+        lacking("org/name", str(tmp_path))
+    for name in ("wikitext2_test.txt", "piqa_validation.json", "boolq_validation.json"):
+        (tmp_path / name).touch()
+    without = lacking("org/name", str(tmp_path))
+    assert without == ["c4", "arc_easy", "arc_challenge", "hellaswag", "winogrande"]
+    scored = [parameters for study, parameters in reproduction("org/name", "texts", without) if study == "02_accuracy"]
+    assert [parameters["tasks"] for parameters in scored] == ["piqa,boolq"]
+    assert lacking("demo-llama", str(tmp_path / "nothing"))[0] == "c4"  # which has a text of its own
+
+
+def test_a_model_that_is_not_known_is_refused_before_anything_runs(folder, capsys):
+    assert main(["reproduce", "llama-2-7bb"]) == 1
+    assert "Did you mean 'llama-2-7b'?" in capsys.readouterr().err
+    assert not folder.exists()
 
 
 def test_a_reproduction_scores_the_plan_that_it_made(monkeypatch, folder):

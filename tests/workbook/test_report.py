@@ -101,6 +101,28 @@ def test_other_scales_are_rows_of_the_same_table_and_single_layers_are_none(tmp_
     assert not any("sqnr" in column for column in accuracy_table(load_records(tmp_path)))
 
 
+def test_kernels_that_a_batch_ran_on_are_no_setting_of_the_table(tmp_path):
+    """They are recorded last, with parameters of their own."""
+    score(tmp_path, "fp32", "torch", 8.0, parameters={"windows": 2})
+    score(tmp_path, "flexq", "cpu", 8.2, parameters={"windows": 2})
+    used = {"layers_on/cpu": Measurement(42.0, "layer"), "difference_from_simulate": Measurement(0.01, "1")}
+    shared = {
+        "model": "demo",
+        "method": "flexq",
+        "parameters": {"backend": "cpu", "windows": 2, "batch_size": 4},
+        "seed": 0,
+    }
+    Records("02_accuracy", tmp_path).once(**shared, compute=lambda: used)
+    table = accuracy_table(load_records(tmp_path))
+    assert table[["method", "perplexity"]].values.tolist() == [["fp32", 8.0], ["flexq", 8.2]]
+
+
+def test_without_a_perplexity_there_is_a_report_all_the_same(tmp_path):
+    shared = {"model": "demo", "method": "flexq", "parameters": {"backend": "cpu"}, "seed": 0}
+    Records("02_accuracy", tmp_path).once(**shared, compute=lambda: {"bits_per_weight": Measurement(6.1, "bit")})
+    assert page_of(tmp_path).rows[1][:4] == ["demo", "flexq", "cpu", "–"]
+
+
 def test_a_change_is_against_the_same_model(tmp_path):
     for model, base in (("one", 8.0), ("two", 4.0)):
         score(tmp_path, "fp32", "torch", base, model=model)

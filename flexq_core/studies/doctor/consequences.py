@@ -119,10 +119,11 @@ def notebooks(found: list[Backend], data_dir: str, hub_reachable: bool) -> list[
     import torch
 
     from flexq_core.sources.data import HUB_TEXTS
+    from flexq_core.sources.held import held_by
     from flexq_core.sources.tasks import PAPER_TASKS
     from flexq_core.workbook import paths
 
-    held = probes.held_by(data_dir)
+    held = held_by(data_dir)
     absent = {
         kind: ", ".join(name for name in names if not hub_reachable and name not in held)
         for kind, names in (("texts", HUB_TEXTS), ("tasks", PAPER_TASKS))

@@ -330,23 +330,9 @@ def _hub_token() -> str:
     return f"present, in {short(file)}" if file.is_file() and file.stat().st_size else NONE
 
 
-def held_by(data_dir: str) -> list[str]:
-    """The texts and tasks of the paper of which a folder has files; none where there is no such folder."""
-    from flexq_core.sources import local
-    from flexq_core.sources.data import HUB_TEXTS
-    from flexq_core.sources.tasks import PAPER_TASKS
-
-    held = []
-    for name in (*HUB_TEXTS, *PAPER_TASKS) if data_dir else ():
-        try:
-            local.find_split(data_dir, name, ("",))
-            held.append(name)
-        except local.LocalDataError:
-            continue
-    return held
-
-
 def _data_dir(folder: str) -> str:
     if not Path(folder).expanduser().is_dir():
         return f"{folder!r} is no folder"
+    from flexq_core.sources.held import held_by
+
     return f"{short(folder)} has {', '.join(held_by(folder)) or 'none of the texts and tasks'}"
