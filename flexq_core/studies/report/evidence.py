@@ -99,8 +99,9 @@ def divergences_text(kinds: Mapping[str, float]) -> str:
     return " > ".join(f"{kind} {value:.2g}" for kind, value in ordered[:3]) + " nat"
 
 
-_METHODS_OWN = {"backend", "plan", "plan_sha256", "activation_bits", "weight_bits", "fingerprint", "dtype", "method"}
-_METHODS_OWN |= {"compile_mode"}
+_METHODS_OWN = {
+    "backend", "plan", "plan_sha256", "activation_bits", "weight_bits", "fingerprint", "dtype", "method", "compile_mode",
+}  # fmt: skip
 """Parameters in which two methods that are compared may differ. Each is compiled in the mode in which it is the fastest."""
 RIVALS: dict[str, Callable[[str], bool]] = {
     "INT8": lambda method: method in ("torch-int8", "cublas-int8"),
@@ -173,31 +174,31 @@ class Ratios(NamedTuple):
 
 
 def _of_one_card(table: pd.DataFrame) -> tuple[str, pd.DataFrame]:
-    """The GPU with the most rows, of several such the one measured last, and its rows: those of two make no mean.
+    """The GPU with the most cases, of several such the one measured last, and FlexQ's fastest of each: two make no mean.
 
-    table: of `ratios`, and of it only what is compared.
+    table: of `ratios`, and of it only what is compared, with a column `case`.
     """
     table = table[table["on_gpu"].astype(bool)]
-    cards = table.groupby("device")["time"].agg(["size", "max"]).sort_values(["size", "max"])
+    cards = table.groupby("device").agg(cases=("case", "nunique"), last=("time", "max")).sort_values(["cases", "last"])
     card = "" if cards.empty else cards.index[-1]
-    return card, table[table["device"] == card]
+    fastest = table.sort_values("ratio", kind="stable").drop_duplicates(["device", "case"], keep="last")
+    return card, fastest[fastest["device"] == card]
 
 
 def kernel_ratios(records: pd.DataFrame, rival: str) -> Ratios:
     """The rival's time over FlexQ's on one GPU, products alone, with the kernel figure's bits: (N, K, tokens) → ratio."""
     bits = {(r.outputs, r.features): r.activation_bits for r in paper.kernel_speedups().itertuples()}
-    best: dict[tuple[int, int, int], float] = {}
 
     def compared(p: Mapping[str, Any]) -> bool:
         shape = (p.get("outputs"), p.get("features"))
         return shape in bits and p.get("activation_bits") == bits[shape] and p.get("weight_bits", 6) == 6
 
     table = ratios(records, "03_kernels", "gemm_us", rival)
-    card, table = _of_one_card(table[table["parameters"].map(compared).astype(bool)])
-    for p, ratio in zip(table["parameters"], table["ratio"], strict=True):
-        case = (p["outputs"], p["features"], p["tokens"])
-        best[case] = max(best.get(case, 0.0), ratio)
-    return Ratios(card, best)
+    table = table[table["parameters"].map(compared).astype(bool)]
+    card, table = _of_one_card(
+        table.assign(case=[(p["outputs"], p["features"], p["tokens"]) for p in table["parameters"]])
+    )
+    return Ratios(card, dict(zip(table["case"], table["ratio"], strict=True)))
 
 
 def paper_kernel_ratios() -> pd.DataFrame:
@@ -224,7 +225,7 @@ def end_to_end_ratios(records: pd.DataFrame, quantity: str, rival: str, model: s
     tensors.
     """
     card, table = _end_to_end(records[records["model"] == model] if model else records, quantity, rival)
-    return Ratios(card, {(row.model, int(row.metric.split("/")[-1])): row.ratio for row in table.itertuples()})
+    return Ratios(card, dict(zip(table["case"], table["ratio"], strict=True)))
 
 
 def end_to_end_rivals(records: pd.DataFrame, quantity: str, rival: str) -> dict[str, str]:
@@ -233,7 +234,7 @@ def end_to_end_rivals(records: pd.DataFrame, quantity: str, rival: str) -> dict[
 
 
 def _end_to_end(records: pd.DataFrame, quantity: str, rival: str) -> tuple[str, pd.DataFrame]:
-    """The GPU and its rows of `ratios`, of whole outputs of one sequence; FlexQ's fastest of each case alone."""
+    """The GPU and its rows of `ratios`, of whole outputs of one sequence; a case is a model and output tokens."""
     records = as_compiled(records)
     if quantity == "memory":
         records = _memory(records)
@@ -242,8 +243,8 @@ def _end_to_end(records: pd.DataFrame, quantity: str, rival: str) -> tuple[str, 
         lambda p: p.get("batch_size", p.get("batch", 1)) == 1 and p.get("prompt_tokens", RATIOS_PROMPT) == RATIOS_PROMPT
     )
     table = table[alike.astype(bool) & table["metric"].astype(str).str.fullmatch(r".*/\d+")]
-    fastest = table.sort_values("ratio", kind="stable").drop_duplicates(["device", "model", "metric"], keep="last")
-    return _of_one_card(fastest)
+    tokens = table["metric"].astype(str).str.split("/").str[-1].astype(int)
+    return _of_one_card(table.assign(case=list(zip(table["model"], tokens, strict=True))))
 
 
 def paper_end_to_end_ratios() -> pd.DataFrame:

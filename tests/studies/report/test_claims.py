@@ -107,6 +107,17 @@ def test_of_two_cards_with_as_many_cases_the_one_measured_last_is_judged(time_ke
     assert verdict("4096 × 4096 (llama-7b").detail.startswith("first: ")
 
 
+def test_a_case_that_several_kernels_were_timed_on_counts_once_and_the_fastest_is_told(time_kernels, record):
+    first, second = (GPU | {"device": card} for card in ("first", "second"))
+    time_kernels(speedup=1.2, cases={(4096, 4096, 1)}, machine=first)
+    for method, us in (("imma", 50.0), ("bmma", 200.0)):
+        shape = {"outputs": 4096, "features": 4096, "tokens": 1, "threads": 2, "activation_bits": 6, "device": "first"}
+        record("03_kernels", "4096x4096", method, {"gemm_us": us}, first, **shape)
+    assert "first: batch 1: 2.40×" in verdict("4096 × 4096 (llama-7b").detail
+    time_kernels(speedup=1.2, cases={(4096, 4096, 1), (4096, 4096, 4)}, machine=second)
+    assert verdict("4096 × 4096 (llama-7b").detail.startswith("second: ")
+
+
 def test_what_the_paper_does_not_show_makes_no_card_the_one_judged(time_kernels, record):
     time_kernels(speedup=1.2, cases={(4096, 4096, 1)}, machine=GPU | {"device": "first"})
     other = GPU | {"device": "second"}
