@@ -47,8 +47,9 @@ def lacking(model: str, data_dir: str) -> list[str]:
 
     if not data_dir:
         return []
-    held, first = held_by(data_dir), default_dataset(model in DEMO_MODELS)
-    if model not in DEMO_MODELS and first not in held:
+    held, is_demo = held_by(data_dir), model in DEMO_MODELS
+    first = default_dataset(is_demo)
+    if not is_demo and first not in held:
         raise ParameterError(
             f"data_dir is {data_dir!r}, which has no file of {first}: {', '.join(held) or 'nothing'} is there"
         )

@@ -125,8 +125,7 @@ def model_times(records: pd.DataFrame) -> pd.DataFrame:
     whole = mine["parameters"].map(
         lambda p: "prompt_tokens" in p and not p.get("layers") and p.get("processes", 1) == 1
     )
-    of_gpus = mine[whole.astype(bool) & mine["driver"].notna()]
-    of_gpus = as_compiled(of_gpus)
+    of_gpus = as_compiled(mine[whole.astype(bool) & mine["driver"].notna()])
     longest = of_gpus["parameters"].map(lambda p: {**p, "output_tokens": max(p.get("output_tokens", [0]))})
     absent = {"batch_size": 1, "prompt_tokens": 0, "output_tokens": 0, **_ENGINE, "backend": ""}
     return _newest(of_gpus.assign(parameters=longest), absent, ["tpot_ms", "ttft_ms", "limit_ms", "weights_mib"])
