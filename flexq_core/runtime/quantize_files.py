@@ -396,23 +396,30 @@ def _locked(partial: Path) -> Iterator[None]:
 def _discard(partial: Path, keep: set[str]) -> None:
     """Delete what an earlier run left, but for the files that are finished; nothing where anything is not a run's own."""
     left = [path for path in partial.iterdir() if path.name not in keep]
-    if foreign := [path for path in left if not _is_a_runs_own(path)]:
+    weights = [path for path in left if _is_a_runs_weights(path)]
+    others = [path for path in left if path not in weights]
+    # A run writes other files when its weights are finished: without any they are somebody else's.
+    finished = keep or any(path.suffix == ".safetensors" for path in weights)
+    if foreign := [path for path in others if not (finished and _may_be_written(path))]:
         raise CheckpointError(
             f"{partial} holds {foreign[0].name}, which no run has made: move it away, or give another folder"
         )
-    for path in left:
+    for path in (*others, *weights):  # in this order: what is left when that is interrupted is a run's own
         path.unlink()
 
 
-def _is_a_runs_own(path: Path) -> bool:
-    if not path.is_file():
+def _is_a_runs_weights(path: Path) -> bool:
+    if path.suffix != ".safetensors" or not path.is_file():
+        return path.is_file() and path.name.endswith(".safetensors.tmp")
+    try:
+        return "inputs" in read_metadata(path)
+    except CheckpointError:
         return False
-    if path.suffix == ".safetensors":
-        try:
-            return "inputs" in read_metadata(path)
-        except CheckpointError:
-            return False
-    return path.suffix == ".tmp" or any(path.match(pattern) for pattern in (*COPIED, "README.md"))
+
+
+def _may_be_written(path: Path) -> bool:
+    written = path.with_suffix("") if path.suffix == ".tmp" else path
+    return path.is_file() and any(written.match(pattern) for pattern in (*COPIED, "README.md"))
 
 
 def _require_space(folder: Path, needed: int) -> None:

@@ -40,7 +40,7 @@ def find_split(folder: str | Path, name: str, splits: Iterable[str]) -> tuple[li
         if of_split:  # one format: the same rows may lie there in several
             kind = next(kind for kind in FORMATS.values() if kind in kinds)
             return [path for path in of_split if _builder(path) == kind], split
-    wanted = " or ".join(f"{name}_{split}" for split in splits)
+    wanted = " or ".join(f"{name}_{split}" for split in dict.fromkeys(splits))
     found = ", ".join(str(path.relative_to(folder)) for path in files[:8]) or "no such file"
     raise LocalDataError(
         f"{str(folder)!r} has no data of {name!r}; accepted: a file named like {wanted} that ends in "

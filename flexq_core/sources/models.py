@@ -170,7 +170,8 @@ def random_model(
     """A model of the shape of `name` with random weights, for measuring time and memory; it has no tokenizer.
 
     name: a demo model, a model of `ARCHITECTURES` (nothing is downloaded), or a local folder.  dtype: as `load_model`.
-    layers: build this many blocks only; 0 builds all.  seed: of the weights; a block's do not depend on the others.
+    layers: build this many blocks only, or all if there are fewer; 0 builds all.
+    seed: of the weights; a block's do not depend on the others.
     convert: (name, block) → what stands in the block's place, asked as soon as a block is made: of a model that is quantised
     so, one block at a time takes its full size.  keep: False makes each block anew whenever the model runs and holds none, so
     that a model of any size computes.
@@ -178,7 +179,7 @@ def random_model(
     """
     import transformers
 
-    config = _shape(name)
+    config = model_shape(name)
     count = config.num_hidden_layers = min(layers or config.num_hidden_layers, config.num_hidden_layers)
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
@@ -243,8 +244,8 @@ def _seeded(seed: int, device: str) -> Iterator[None]:
         yield
 
 
-def _shape(name: str) -> Any:
-    """The configuration of a model that can be built without its weights."""
+def model_shape(name: str) -> Any:
+    """transformers' configuration of a model that can be built without its weights. Raises ModelError as `random_model`."""
     import transformers
 
     place = locate_model(name)

@@ -98,8 +98,12 @@ class KernelStudy:
         require_bits(activation_bits, what="activation_bits")
         self.on_gpu = torch.device(run.device).type == "cuda"
         self.combinations = read_combinations(combinations)
-        usual = ",".join(DEFAULT_METHODS["cuda" if self.on_gpu else "cpu"])
-        asked = names(usual if methods == "default" else methods, METHODS, "method")
+        usual = DEFAULT_METHODS["cuda" if self.on_gpu else "cpu"]
+        asked = [
+            method
+            for name in names(methods, ("default", *METHODS), "method")
+            for method in (usual if name == "default" else [name])
+        ]
         require_between(0, os.cpu_count() or 1, threads=threads)
         require_at_least(LEAST_CALLS, repeats=repeats)
         require_at_least(0, seed=seed)
@@ -317,22 +321,21 @@ class _ColdLayers:
 
 
 def read_shapes(text: str) -> tuple[Shape, ...]:
-    """`demo`, `paper`, `paper-a8`, or NxK comma-separated, as N × K; ValueError says what is accepted."""
+    """`demo`, `paper`, `paper-a8` and NxK, comma-separated, as N × K, each once; ValueError says what is accepted."""
     sensitive = paper.kernel_speedups().query("activation_bits == 8")[["outputs", "features"]].drop_duplicates()
     named = {
         "demo": DEMO_SHAPES,
         "paper": paper.kernel_shapes(),
         "paper-a8": tuple(sensitive.itertuples(index=False, name=None)),
     }
-    if text in named:
-        return named[text]
-    items = [item.strip() for item in text.split(",") if item.strip()]
-    for item in items or [text]:
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", item, re.ASCII):
+    found: dict[Shape, None] = {}
+    for item in names(text, None, "shape") or [text]:
+        if item not in named and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", item, re.ASCII):
             raise ValueError(
                 f"shapes holds {item!r}; accepted: demo, paper, paper-a8, or outputs x features such as 4096x4096,11008x4096"
             )
-    return tuple(dict.fromkeys(tuple(map(int, item.split("x"))) for item in items))
+        found |= dict.fromkeys(named.get(item) or [tuple(map(int, item.split("x")))])
+    return tuple(found)
 
 
 def limits_us(shape: Shape, tokens: int, machine: dict[str, float], weight_bits: int = 6) -> dict[str, float]:
@@ -453,7 +456,9 @@ def write_auto_table(tables: dict[tuple[str, int], pd.DataFrame], path: Path = a
     tables: what `recorded` gives. Rows of cards that it does not hold stay.
     """
     rows = {}
-    for (card, _), table in sorted(tables.items()):  # 6-bit activations first: where both were timed, they decide
+    for (card, _), table in sorted(
+        tables.items(), key=lambda each: (each[0][1] != 6, each[0])
+    ):  # 6 bits decide where timed
         for row in wgmma_wins(table).to_dict("records"):
             rows.setdefault((card, row["outputs"], row["features"]), {"card": card, **row})
     cards = {card for card, _ in tables}

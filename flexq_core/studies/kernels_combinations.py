@@ -20,17 +20,17 @@ USUAL = ("w2a2", "w2a4", "w2a8", "w3a8", "w4a4", "w4a8", "w6a6", "w6a8", "w8a8")
 
 
 def read_combinations(text: str) -> tuple[LayerPrecision, ...]:
-    """`usual`, `none`, or names such as w4a8, comma-separated; ValueError says what is accepted."""
+    """`none`, or `usual` and names such as w4a8, comma-separated, each once; ValueError says what is accepted."""
     if text == "none":
         return ()
-    found = list(USUAL) if text == "usual" else names(text, None, "combination")
+    found = [name for item in names(text, None, "combination") for name in (USUAL if item == "usual" else [item])]
     accepted = (
         f"accepted: usual, none, or w and a with {WEIGHT_BITS[0]} to {WEIGHT_BITS[-1]} bits each, such as w2a8,w4a4"
     )
     if not found:
         raise ValueError(f"combinations is empty; {accepted}")
     precisions = []
-    for name in found:
+    for name in dict.fromkeys(found):
         bits = re.fullmatch(r"w(\d)a(\d)", name, re.ASCII)
         if not bits or int(bits[1]) not in WEIGHT_BITS or int(bits[2]) not in ACTIVATION_BITS:
             raise ValueError(f"combinations holds {name!r}; {accepted}")

@@ -316,10 +316,12 @@ def test_what_cannot_be_written_is_refused(source, tmp_path, monkeypatch):
         quantize_files(source, taken / "mine.txt")
     mine = tmp_path / "out.partial"
     (mine / "photos").mkdir(parents=True)
-    (mine / "notes.txt").touch()
     with pytest.raises(CheckpointError, match="holds photos, which no run has made: move it away"):
         quantize_files(source, tmp_path / "out")
     (mine / "photos").rmdir()
+    (mine / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match="holds notes.txt, which no run has made"):
+        quantize_files(source, tmp_path / "out")
     save_file({"a": torch.zeros(1)}, mine / SINGLE_FILE)
     with pytest.raises(CheckpointError, match=f"holds {SINGLE_FILE}, which no run has made"):
         quantize_files(source, tmp_path / "out")

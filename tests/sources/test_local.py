@@ -56,6 +56,12 @@ def test_every_format_gives_the_same_text(tmp_path, name):
     assert text.origin == f"{Path(name).name} (test)"
 
 
+def test_the_tokenised_release_of_wikitext2_is_told(tmp_path):
+    for name, told in (("wikitext2", True), ("c4", False)):
+        (tmp_path / f"{name}_test.txt").write_text("a <unk> word")
+        assert ("not those of the paper's raw text" in data.evaluation_text(name, str(tmp_path)).origin) is told
+
+
 def test_a_split_that_is_there_is_calibrated_on_else_docstrings(tmp_path):
     write(tmp_path, "c4_validation.txt")
     assert data.evaluation_text("c4", str(tmp_path)).origin == "c4_validation.txt (validation)"
@@ -142,7 +148,7 @@ def test_the_real_tasks_run_offline():
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real evaluation data are not here")
 def test_the_real_text_is_found():
     text = data.evaluation_text("wikitext2", str(SHARED))
-    assert text.origin == "wikitext2_tokenized_test.txt (test)" and len(text.text) > 1_000_000
+    assert text.origin.startswith("wikitext2_tokenized_test.txt (test); tokenised") and len(text.text) > 1_000_000
 
 
 def test_no_two_formats_share_an_ending():

@@ -242,6 +242,25 @@ def test_an_order_is_false_only_where_the_text_can_tell(after, holds, sign):
 
 
 @pytest.mark.parametrize(
+    ("other", "holds"),
+    [
+        ((2.0, 3.0, 4.0, 5.0), True),
+        ((2.0005, 3.0005, 4.0005, 5.0005), True),  # by 0.05% everywhere
+        ((2.002, 3.002, 4.002, 5.002), False),  # by 0.2% everywhere
+        ((1.998, 2.998, 3.998, 4.998), False),
+        ((2.01, 2.99, 4.012, 4.996), True),  # by 0.2%, but the blocks do not agree
+    ],
+)
+def test_backends_disagree_only_where_the_text_can_tell(other, holds):
+    rows = [
+        {"method": "flexq", "backend": backend, **values(scored(*nats))}
+        for backend, nats in (("simulate", (2.0, 3.0, 4.0, 5.0)), ("cpu", other))
+    ]
+    (found,) = [found for text, found, _ in claims(pd.DataFrame(rows), outliers=1.0) if "agree to 0.1%" in text]
+    assert found is holds
+
+
+@pytest.mark.parametrize(
     ("rows", "label", "points"),
     [
         ([("flexq", "cpu", 24.2, 6.125)], "perplexity", 1),  # nothing to compare with

@@ -757,6 +757,16 @@ def test_captured_steps_write_the_eager_models_tokens(architecture, backend, our
 
 
 @pytest.mark.gpu
+def test_one_token_is_the_prefills_and_no_step_is_captured():
+    model = quantize_model(tiny_model("llama").cuda().half(), "flexq")
+    ids = prompt().cuda()[:1]
+    expected = Engine(model, 1, 7, 1).generate(ids).tokens
+    engine = Engine(model, 1, 7, 1, "default")
+    engine.warm_up(ids)
+    assert engine.capture() and torch.equal(engine.generate(ids).tokens, expected)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("ours", [False, True])
 def test_after_a_long_prompt_a_model_writes_the_same_each_time_captured_or_not(ours):
     """Of a length with which cuDNN's attention does not."""
@@ -788,6 +798,11 @@ def test_after_a_long_prompt_a_model_writes_the_same_each_time_captured_or_not(o
         ({"weights": "foo"}, ValueError, "no weights is called 'foo'; accepted: pretrained, random"),
         ({"weights": "pretrained,random"}, ValueError, "accepted: one of pretrained, random"),
         ({"compile_mode": "fast"}, ValueError, "no compile_mode is called 'fast'"),
+        (
+            {"compile_mode": "default"},
+            ValueError,
+            "'default', which wants a GPU, Triton and one process; accepted here",
+        ),
         ({"backend": "gpu"}, ValueError, "no backend is called 'gpu'"),
         ({"output_tokens": "0"}, ValueError, "output_tokens holds '0'; accepted: whole numbers of 1 or more"),
         ({"output_tokens": "32,x"}, ValueError, "output_tokens holds 'x'; accepted"),
@@ -813,6 +828,16 @@ def test_a_wrong_value_is_refused_before_anything_is_computed(run, changed, erro
     with pytest.raises(error, match=text):
         EndToEndStudy(run, **SMALL | changed)
     assert not run.records.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [({"layers": 33}, "up to the model's 32"), ({"prompt_tokens": 2048}, "the context of 'llama-7b'")],
+)
+def test_what_a_random_model_does_not_have_is_said_before_it_is_made(run, monkeypatch, changed, text):
+    monkeypatch.setattr("flexq_core.studies.e2e.random_model", None)
+    with pytest.raises(ValueError, match=text):
+        EndToEndStudy(run, **SMALL | {"model": "llama-7b", "weights": "random"} | changed)
 
 
 def test_a_folder_that_is_no_model_is_refused(run, tmp_path):

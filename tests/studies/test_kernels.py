@@ -51,9 +51,9 @@ def _quick(monkeypatch):
         (
             "methods",
             "torch-in8",
-            r"no method is called 'torch-in8' \(did you mean 'torch-int8'\?\); accepted: auto, ref",
+            r"no method is called 'torch-in8' \(did you mean 'torch-int8'\?\); accepted: default, auto, ref",
         ),
-        ("methods", "", "no method is given; accepted: auto"),
+        ("methods", "", "no method is given; accepted: default, auto"),
         (
             "shapes",
             "4096",
@@ -88,6 +88,14 @@ def test_shapes_are_the_papers_a_few_or_ones_own():
     assert set(read_shapes("demo")) | set(read_shapes("paper-a8")) <= set(read_shapes("paper"))
     assert len(read_shapes("paper-a8")) == 5 and (8192, 28672) in read_shapes("paper-a8")
     assert read_shapes("64x128, 96x200,64x128") == ((64, 128), (96, 200))
+    assert read_shapes("64x128,demo") == ((64, 128), *read_shapes("demo"))
+    assert read_shapes("paper,paper-a8") == read_shapes("paper")
+
+
+def test_the_usual_methods_can_stand_beside_others(run):
+    usual = KernelStudy(run, **SMALL | {"methods": "default"}).methods
+    study = KernelStudy(run, **SMALL | {"methods": "simulate,default"})
+    assert study.methods == list(dict.fromkeys(["simulate", *usual]))
 
 
 def test_auto_is_the_fastest_backend_and_is_timed_once(run, monkeypatch):
@@ -783,6 +791,11 @@ def test_the_auto_table_holds_from_where_on_wgmma_is_faster_for_good(tmp_path):
     found = kernels.write_auto_table({("NVIDIA H200", 6): table}, path)
     assert [(row["features"], row["wgmma_from"]) for row in found] == [(128, 64), (256, None), (512, 1)]
     assert json.loads(path.read_text()) == [{"card": "another", "wgmma_from": 7}, *found]
+    other = pd.DataFrame(rows(128, (2, 6, 9), (1, 5, 8)) + rows(1024, (2, 6, 9), (1, 5, 8)))
+    both = kernels.write_auto_table({("NVIDIA H200", 4): other, ("NVIDIA H200", 6): table}, path)
+    assert (
+        both[: len(found)] == found and both[len(found) :][0]["features"] == 1024
+    )  # others than 6 bits fill what is left
 
 
 def test_the_command_line_keeps_a_gpus_records_and_makes_the_table_from_them(card, tmp_path, capsys, monkeypatch):
@@ -855,6 +868,9 @@ def test_combinations_are_skipped_once_without_a_gpu(run):
     assert record.status == "skipped" and record.reason == "bit planes are multiplied on NVIDIA GPUs only"
     assert table["skipped"].tolist() == [record.reason]
     assert kernels_combinations.read_combinations("none") == ()
+    usual = kernels_combinations.read_combinations("usual")
+    more = kernels_combinations.read_combinations("w5a5,usual,w4a8")
+    assert [(each.weight_bits, each.activation_bits) for each in more[:1]] == [(5, 5)] and more[1:] == usual
 
 
 @pytest.fixture

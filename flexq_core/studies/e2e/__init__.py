@@ -39,7 +39,7 @@ from flexq_core.runtime import ops
 from flexq_core.runtime.convert import quantize_model, read_plan, replace_linear_layers, resolve_plan
 from flexq_core.runtime.fuse import fuse_
 from flexq_core.sources import paper
-from flexq_core.sources.models import LoadedModel, load_model, locate_model, random_model
+from flexq_core.sources.models import LoadedModel, load_model, locate_model, model_shape, random_model
 from flexq_core.studies.e2e import attention, linears, processes, smoothing
 from flexq_core.studies.e2e.decode import COMPILE_MODES, Engine, cache_bytes, total_ms
 from flexq_core.studies.e2e.linears import (
@@ -143,9 +143,20 @@ class EndToEndStudy:
             raise ValueError(f"methods is {methods!r}, which run on GPUs alone; accepted on a processor: one of {here}")
         wanted = one_of(compile_mode, (BEST_MODE, *COMPILE_MODES), "compile_mode")
         self.attention = attention.implementation(run.device)
-        self.compile_mode = wanted if self.attention == attention.NAME else "none"  # both want a GPU and Triton
+        if not self._can_compile and wanted not in ("none", BEST_MODE):
+            raise ValueError(
+                f"compile_mode is {wanted!r}, which wants a GPU, Triton and one process; accepted here: none, {BEST_MODE}"
+            )
+        self.compile_mode = wanted if self._can_compile else "none"
+        if self.weights == "random":  # which takes a large model a minute to make
+            shape = model_shape(model)
+            self._require_size(shape.num_hidden_layers, shape.max_position_embeddings)
         self.loaded = self._load()
         self._require_fit()
+
+    @property
+    def _can_compile(self) -> bool:
+        return self.attention == attention.NAME  # which wants a GPU and Triton as well
 
     def _load(self) -> LoadedModel:
         """The unquantised model."""
@@ -155,16 +166,18 @@ class EndToEndStudy:
         loaded.model.set_attn_implementation(self.attention)
         return loaded
 
-    def _require_fit(self) -> None:
-        blocks = self.loaded.model.config.num_hidden_layers
+    def _require_size(self, blocks: int, context: int) -> None:
         if self.layers > blocks:
             raise ValueError(f"layers is {self.layers}; accepted: 0 for all, or up to the model's {blocks}")
-        longest, context = self.prompt_tokens + self.output_tokens[-1], self.loaded.context_length
+        longest = self.prompt_tokens + self.output_tokens[-1]
         if longest > context:
             raise ValueError(
                 f"{self.prompt_tokens} prompt and {self.output_tokens[-1]} output tokens are {longest}; accepted: up to "
-                f"{context}, the context of {self.loaded.name!r}"
+                f"{context}, the context of {self.model!r}"
             )
+
+    def _require_fit(self) -> None:
+        self._require_size(self.loaded.model.config.num_hidden_layers, self.loaded.context_length)
         resolve_plan(self.custom_plan or "w6a6", self._shapes)
 
     def resized(self, batch_size: int, prompt_tokens: int) -> EndToEndStudy:

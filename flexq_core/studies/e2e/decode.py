@@ -170,7 +170,7 @@ class Engine:
             self.warm_up(self._prompt)  # libraries keep a workspace a stream
         torch.cuda.synchronize(self.device)
         pool = None
-        for name in ("_prefill", "_step"):
+        for name in ("_prefill", "_step")[: self.output_tokens]:  # one token takes no step, and none has been compiled
             graph = torch.cuda.CUDAGraph()
             with capturing(graph, pool=pool, stream=stream):
                 getattr(self, name)()

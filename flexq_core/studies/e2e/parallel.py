@@ -67,7 +67,10 @@ class ParallelStudy(e2e.EndToEndStudy):
         self._temporary = tempfile.TemporaryDirectory(prefix="flexq-")  # used by the first process
         self._folders: dict[tuple[int, str], Path] = {}
         super().__init__(*arguments, **options)
-        self.compile_mode = "none"
+
+    @property
+    def _can_compile(self) -> bool:
+        return False
 
     def _load(self) -> LoadedModel:
         """The model without its weights, and what identifies it."""
