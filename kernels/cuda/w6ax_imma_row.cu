@@ -10,131 +10,158 @@
 namespace flexq {
 namespace {
 
-// A row in shared memory: codes and scales, and of a norm the numbers between its two passes.
+// A row in shared memory: codes and scales.
 struct Room : Resident<1> {
   static constexpr int kMostGroups = 224, kMostNormGroups = 64;
-  static constexpr int kNumberBytes = kGroup * 2;
   static constexpr int kSharedBytes = kMostGroups * kGroupBytes;
-  static_assert(kMostNormGroups * (kGroupBytes + kNumberBytes) <= kSharedBytes);
 
-  uint8_t* numbers;  // [groups, 128] of the tensor's type
-
-  __device__ __forceinline__ Room(uint8_t* shared, int groups)
-      : Resident(shared, groups), numbers(shared + (groups + 1) / 2 * 2 * kGroupBytes) {}  // aligned to eight bytes
+  __device__ __forceinline__ Room(uint8_t* shared, int groups) : Resident(shared, groups) {}
 };
 
-__device__ __forceinline__ void quantize_group(float (&value)[4], int bits, const Room& room, int group, int lane) {
-  uint32_t code[4];
-  const float scale = quantize(value, __reduce_max_sync(0xffffffffu, largest_bits(value)), bits, code);
-  *reinterpret_cast<uint32_t*>(room.codes + group * kGroup + lane * 4) = lowest_bytes(code[0], code[1], code[2], code[3]);
-  if (lane == 0) room.scales[group] = scale;
-}
+// How a block's lanes share a row. A warp takes several groups in a step, kLanes lanes each, and computes their scales, and what their
+// numbers are multiplied by, together. With fewer lanes that is less work in all; with more there is something to do for every warp, which
+// is sooner done where the row is short.
+template <class T, int kWarps, int kLanes>
+struct RowShare {
+  static constexpr int kGroupsAtOnce = 32 / kLanes, kGroupsOfStep = kWarps * kGroupsAtOnce;
+  static constexpr int kVectors = kGroup / 4 / kLanes, kPairs = 2 * kVectors;  // of four numbers and of two, that a lane has of a group
+  using Numbers = uint32_t[kPairs];
 
-// Groups of a warp whose reads are under way together: as many as one of sixteen has of half the longest row, or of the longest with norm.
-constexpr int kNumbersAtOnce = 7, kNormsAtOnce = 4;
+  const Room& room;
+  int groups, features, bits;
 
-// Calls with each of this warp's groups, kAtOnce of them at a time: read(i, group) of all before use(i, group) of the first.
-template <int kWarps, int kAtOnce, class Read, class Use>
-__device__ __forceinline__ void each_group(int groups, Read read, Use use) {
-  for (int first = threadIdx.x / 32; first < groups; first += kAtOnce * kWarps) {
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i)
-      if (first + i * kWarps < groups) read(i, first + i * kWarps);
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i)
-      if (first + i * kWarps < groups) use(i, first + i * kWarps);
+  __device__ __forceinline__ int group(int step) const {
+    return step * kGroupsOfStep + threadIdx.x / 32 * kGroupsAtOnce + threadIdx.x % 32 / kLanes;
   }
-}
 
-template <class T, int kWarps>
-__device__ __forceinline__ void quantize_numbers(const Row& row, int groups, const Room& room) {
-  const int lane = threadIdx.x % 32;
-  Four<T> x[kNumbersAtOnce];
-  each_group<kWarps, kNumbersAtOnce>(
-      groups, [&](int i, int group) { x[i] = load_four<T>(row.norm.x.data, group * kGroup + lane * 4, row.features, true); },
-      [&](int i, int group) {
-        float value[4];
-        to_floats<T>(x[i], value);
-        quantize_group(value, row.bits, room, group, lane);
-      });
-}
+  // Where vector i is in the lane's group. Each of the warp's groups begins with another one: codes 128 bytes apart share their banks.
+  static __device__ __forceinline__ int vector(int i) {
+    return (i ^ threadIdx.x % 32 / kLanes) * (4 * kLanes) + threadIdx.x % kLanes * 4;
+  }
 
-// As norm_quantize.cu computes it; a group's numbers wait in shared memory, in the tensor's type, to which they are rounded anyway.
-template <class T, bool kCentred, int kWarps>
-__device__ __forceinline__ void quantize_norm(const Row& row, int groups, const Room& room, float (&partial)[2][kWarps]) {
-  const Norm& norm = row.norm;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, features = row.features;
-  const auto number = [&](int group) { return reinterpret_cast<Four<T>*>(room.numbers + (group * kGroup + lane * 4) * sizeof(T)); };
-  Four<T> x[kNormsAtOnce], more[kNormsAtOnce];
-  float sum = 0.0f;
-  each_group<kWarps, kNormsAtOnce>(
-      groups,
-      [&](int i, int group) {
-        const int k = group * kGroup + lane * 4;
-        x[i] = load_four<T>(norm.x.data, k, features, true);
-        if (norm.residual.data) more[i] = load_four<T>(norm.residual.data, k, features, true);
-      },
-      [&](int i, int group) {
-        const int k = group * kGroup + lane * 4;
-        float value[4], other[4];
-        to_floats<T>(x[i], value);
-        if (norm.residual.data) {
-          to_floats<T>(more[i], other);
-          uint32_t bits[4];
+  // Where in the row.
+  __device__ __forceinline__ int pair(int step, int i) const { return group(step) * kGroup + vector(i / 2) + i % 2 * 2; }
+
+  // Zeros beyond the row's end.
+  __device__ __forceinline__ void load(Numbers& x, const void* row, int step) const {
 #pragma unroll
-          for (int j = 0; j < 4; ++j) value[j] = rounded_to<T>(value[j] + other[j]), bits[j] = bits_of<T>(value[j]);
-          x[i] = four_of<T>(bits);
-          if (blockIdx.x == 0) store_four<T>(const_cast<void*>(norm.sum.data), k, features, true, value);
-        }
-        *number(group) = x[i];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sum = kCentred ? sum + value[j] : fmaf(value[j], value[j], sum);
-      });
-  float mean = 0.0f;
-  if constexpr (kCentred) {
-    mean = sum_of_block(sum, partial[0], warp, lane, kWarps) / float(features);
-    sum = 0.0f;
-    for (int group = warp; group < groups; group += kWarps) {
-      float value[4];
-      to_floats<T>(*number(group), value);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float off = group * kGroup + lane * 4 < features ? value[j] - mean : 0.0f;
-        sum = fmaf(off, off, sum);
-      }
+    for (int i = 0; i < kPairs; i += 2) {
+      const Four<T> four = load_four<T>(row, pair(step, i), features, true);
+      x[i] = four.x, x[i + 1] = four.y;
     }
   }
-  const float inverse = rsqrtf(sum_of_block(sum, partial[1], warp, lane, kWarps) / float(features) + norm.epsilon);
-  Four<T> weight[kNormsAtOnce], bias[kNormsAtOnce] = {};
-  each_group<kWarps, kNormsAtOnce>(
-      groups,
-      [&](int i, int group) {
-        const int k = group * kGroup + lane * 4;
-        weight[i] = load_four<T>(norm.weight, k, features, true);
-        if (kCentred && norm.bias) bias[i] = load_four<T>(norm.bias, k, features, true);
-      },
-      [&](int i, int group) {
-        float value[4], by[4], plus[4];
-        to_floats<T>(*number(group), value);
-        to_floats<T>(weight[i], by);
-        to_floats<T>(bias[i], plus);
+
+  // Bits of the group's largest absolute value as a float32; not those of a finite one if any number is not.
+  static __device__ __forceinline__ uint32_t largest(const Numbers& x) {
+    using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+    const auto absolute = [&](int i) { return __habs2(reinterpret_cast<const Two&>(x[i])); };
+    Two most = absolute(0);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float normal = (value[j] - mean) * inverse, y = kCentred ? by[j] * normal + plus[j] : rounded_to<T>(normal) * by[j];
-          value[j] = group * kGroup + lane * 4 < features ? rounded_to<T>(y) : 0.0f;
-        }
-        quantize_group(value, row.bits, room, group, lane);
+    for (int i = 1; i < kPairs; ++i) most = __hmax2_nan(most, absolute(i));
+#pragma unroll
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) most = __hmax2_nan(most, __shfl_xor_sync(0xffffffffu, most, lanes));
+    const float2 both = two_floats(reinterpret_cast<const uint32_t&>(most), T());
+    return max(__float_as_uint(both.x), __float_as_uint(both.y));
+  }
+
+  __device__ __forceinline__ void quantize(const Numbers& x, int step) const {
+    const int mine = group(step);
+    if (mine / kGroupsAtOnce * kGroupsAtOnce >= groups) return;  // the whole warp
+    float value[2 * kPairs];
+    uint32_t code[2 * kPairs];
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const float2 two = two_floats(x[i], T());
+      value[2 * i] = two.x, value[2 * i + 1] = two.y;
+    }
+    const float scale = flexq::quantize(value, largest(x), bits, code);
+    if (mine >= groups) return;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i)
+      *reinterpret_cast<uint32_t*>(room.codes + mine * kGroup + vector(i)) =
+          lowest_bytes(code[4 * i], code[4 * i + 1], code[4 * i + 2], code[4 * i + 3]);
+    if (threadIdx.x % kLanes == 0) room.scales[mine] = scale;
+  }
+
+  __device__ __forceinline__ void quantize(const void* row) const {
+    constexpr int kAtOnce = 2;  // steps whose reads are under way together; with four, all of the longest, it takes a microsecond more
+    for (int first = 0; first * kGroupsOfStep < groups; first += kAtOnce) {
+      Numbers x[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) load(x[i], row, first + i);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) quantize(x[i], first + i);
+    }
+  }
+
+  // As norm_quantize.cu computes it. The row is read once, and stays in registers.
+  template <bool kCentred>
+  __device__ __forceinline__ void quantize(const Norm& norm, float (&partial)[2][kWarps]) const {
+    constexpr int kSteps = Room::kMostNormGroups / kGroupsOfStep;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Numbers x[kSteps], residual[kSteps], weight[kSteps], bias[kSteps] = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      load(x[step], norm.x.data, step);
+      if (norm.residual.data) load(residual[step], norm.residual.data, step);
+      load(weight[step], norm.weight, step);
+      if (kCentred && norm.bias) load(bias[step], norm.bias, step);
+    }
+    const auto each_pair = [&](auto use) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) use(step, i, pair(step, i));
+    };
+    const auto packed = [](float a, float b) { return pack_floats(std::is_same_v<T, __half> ? Float::f16 : Float::bf16, a, b); };
+    if (norm.residual.data)
+      each_pair([&](int step, int i, int k) {
+        const float2 a = two_floats(x[step][i], T()), b = two_floats(residual[step][i], T());
+        x[step][i] = packed(a.x + b.x, a.y + b.y);
+        T* const sum = static_cast<T*>(const_cast<void*>(norm.sum.data));
+        if (blockIdx.x == 0 && k < features) *reinterpret_cast<uint32_t*>(sum + k) = x[step][i];
       });
-}
+    float mean = 0.0f, sum = 0.0f;
+    if constexpr (kCentred) {
+      each_pair([&](int step, int i, int) {
+        const float2 value = two_floats(x[step][i], T());
+        sum += value.x + value.y;
+      });
+      mean = sum_of_block(sum, partial[0], warp, lane, kWarps) / float(features);
+      sum = 0.0f;
+    }
+    each_pair([&](int step, int i, int k) {
+      const float2 value = two_floats(x[step][i], T()), off = make_float2(value.x - mean, value.y - mean);
+      if (!kCentred || k < features) sum = fmaf(off.y, off.y, fmaf(off.x, off.x, sum));
+    });
+    const float inverse = rsqrtf(sum_of_block(sum, partial[1], warp, lane, kWarps) / float(features) + norm.epsilon);
+    each_pair([&](int step, int i, int k) {
+      const float2 value = two_floats(x[step][i], T()), by = two_floats(weight[step][i], T()), plus = two_floats(bias[step][i], T());
+      float2 y = make_float2((value.x - mean) * inverse, (value.y - mean) * inverse);
+      if constexpr (kCentred)
+        y = make_float2(by.x * y.x + plus.x, by.y * y.y + plus.y);
+      else
+        y = two_floats(packed(y.x, y.y), T()), y = make_float2(y.x * by.x, y.y * by.y);
+      x[step][i] = k < features ? packed(y.x, y.y) : 0;
+    });
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) quantize(x[step], step);
+  }
+};
 
 template <class T, int kWarps>
 __device__ __forceinline__ void quantize_row(const Row& row, int groups, const Room& room, float (&partial)[2][kWarps]) {
-  if (row.before == Before::numbers)
-    quantize_numbers<T, kWarps>(row, groups, room);
-  else if (row.before == Before::rms_norm)
-    quantize_norm<T, false, kWarps>(row, groups, room, partial);
+  constexpr int kMostShortGroups = 80;
+  const RowShare<T, kWarps, 16> of_short{room, groups, row.features, row.bits};
+  const RowShare<T, kWarps, 8> of_long{room, groups, row.features, row.bits};
+  if (row.before == Before::rms_norm)
+    of_short.template quantize<false>(row.norm, partial);
+  else if (row.before == Before::layer_norm)
+    of_short.template quantize<true>(row.norm, partial);
+  else if (groups <= kMostShortGroups)
+    of_short.quantize(row.norm.x.data);
   else
-    quantize_norm<T, true, kWarps>(row, groups, room, partial);
+    of_long.quantize(row.norm.x.data);
 }
 
 template <int kWarps, int kStages>
@@ -164,9 +191,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   if (row.before == Before::codes)
     room.fill(p.activations, p.groups);
   else if (row.type == Float::f16)
-    quantize_row<__half, kWarps>(row, p.groups, room, partial);
+    quantize_row<__half>(row, p.groups, room, partial);
   else
-    quantize_row<__nv_bfloat16, kWarps>(row, p.groups, room, partial);
+    quantize_row<__nv_bfloat16>(row, p.groups, room, partial);
   __syncthreads();
   multiply<1, kWarps>(p, ring, sum, room);
 }

@@ -30,6 +30,8 @@ SHAPES = {
 }
 WITHOUT_NORM = SHAPES | {
     "longer than what is normalised": (6000, 8196),
+    "as long as eighty groups": (2000, 10_240),
+    "a part of a group longer": (2000, 10_244),
     "long rows, an odd number of groups": (2000, 17_280),
     "the longest that are quantised": (5000, 28_672),
 }
@@ -148,15 +150,19 @@ def test_the_variance_of_numbers_far_from_zero():
 @gpu
 @dtypes
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_gives_nan(value, dtype):
-    operands, ones = layer(100, 1028), torch.ones(1028, device=DEVICE, dtype=dtype)
-    x, other = random(1, 1028, dtype=dtype), random(1, 1028, dtype=dtype)
-    x[0, 1027] = value
-    norms = [cuda.Norm(ones, None, 1e-5, False), cuda.Norm(ones, ones, 1e-5, True)]
-    assert cuda.linear_of_row(x, *operands, 6)[0].isnan().all()
-    for norm in norms:
-        assert cuda.linear_of_row(x, *operands, 6, norm)[0].isnan().all()
-        assert cuda.linear_of_row(other, *operands, 6, norm, x)[0].isnan().all()
+@pytest.mark.parametrize("features", [1028, 12_004])
+def test_what_is_not_finite_gives_nan(features, value, dtype):
+    """Wherever it is: each lane that shares a group tells the others."""
+    operands, ones = layer(100, features), torch.ones(features, device=DEVICE, dtype=dtype)
+    norms = [cuda.Norm(ones, None, 1e-5, False), cuda.Norm(ones, ones, 1e-5, True)] if features <= 8192 else []
+    other = random(1, features, dtype=dtype)
+    for at in (*range(256, 256 + 128, 11), features - 1):
+        x = random(1, features, dtype=dtype)
+        x[0, at] = value
+        assert cuda.linear_of_row(x, *operands, 6)[0].isnan().all()
+        for norm in norms:
+            assert cuda.linear_of_row(x, *operands, 6, norm)[0].isnan().all()
+            assert cuda.linear_of_row(other, *operands, 6, norm, x)[0].isnan().all()
 
 
 @gpu

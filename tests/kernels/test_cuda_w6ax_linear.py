@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from flexq_core.quant import LayerPrecision, pack_codes, quantize_weight
 from flexq_core.quant.spec import group_count
@@ -54,6 +55,7 @@ def compiles_without_spilling(source, cards, tmp_path, *macros):
     command = [
         build.cuda_home() / "bin" / "nvcc",
         *build.CUDA_FLAGS,
+        *cpp_extension.COMMON_NVCC_FLAGS,  # with which torch compiles them: half precision converts by name alone
         *macros,
         *targets,
         "-Werror",

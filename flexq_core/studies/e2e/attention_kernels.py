@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_KEYS_AT_ONCE = 128
+_KEYS_AT_ONCE, _WARPS = 64, 2  # on an H200 the fastest for 40 heads and 160 to 1150 keys: 95% of the time of 128 and 4
 _MOST_PARTS = 32
 _LOG2_E = 1.4426950408889634
 _NO_SCORE = tl.constexpr(-1e30)  # of a part without keys: finite, so that differences are
@@ -106,6 +106,6 @@ def one_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
             *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], shown.stride(0), shown.stride(-1),
             parts=parts, parts_at_once=triton.next_power_of_2(parts), steps=steps, keys_at_once=_KEYS_AT_ONCE,
             features=features, features_at_once=triton.next_power_of_2(features), masked=mask is not None,
-            lets_begin=torch.cuda.get_device_capability(query.device) >= (9, 0),
+            lets_begin=torch.cuda.get_device_capability(query.device) >= (9, 0), num_warps=_WARPS,
         )  # fmt: skip
     return found
