@@ -16,7 +16,10 @@
 // 1 to 3% (three lose 5%).
 //
 // Where a cluster of blocks is sooner done it shares the groups of a tile, or of half its tokens (see `Plan`), and each block adds up a
-// share of the sums, which the others send it, in the order of the blocks: the result does not depend on timing.
+// share of the sums, which the others send it, in the order of the blocks: the result does not depend on timing. Where there are few
+// outputs that exchange is felt: of the 8.2 us of 4096 x 4096 with 64 tokens the groups take 4.0, and what follows the last one 2 to 2.9.
+// An H200 runs 30 clusters of four such blocks at once, or 39 of three, so that 36 of its 132 multiprocessors have none of the 32 tiles.
+// Sums sent without meeting before (st.async into room of their own) gain 1%, a second lane that fetches activations as much.
 #include <cooperative_groups.h>
 
 #include <algorithm>
