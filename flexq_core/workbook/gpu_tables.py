@@ -19,10 +19,11 @@ _SHOWN = "6 bits"
 """Of activations: 8 take the same time but for bit planes, and would be as many rows again."""
 
 _LIBRARIES = {"torch-fp16": "cuBLAS FP16", "cublaslt-fp8": "cuBLASLt FP8", "cublas-int8": "cuBLAS INT8"}
+_QUANTISING = "quantising (µs)"
 _DECODE_TOLD = (
     "How many times as fast FlexQ's product of 6-bit weights and activations is as each library's, whose operands are quantised\n"
-    "before: the geometric mean over shapes, weights cold; in brackets with the time that FlexQ takes to quantise activations.\n"
-    "Of the two kernels that `auto` chooses from, the faster one counts:"
+    "before: the geometric mean over shapes, weights cold; in brackets with the time that FlexQ takes to quantise activations,\n"
+    "whose median and most, in microseconds, stand last. Of the two kernels that `auto` chooses from, the faster one counts:"
 )
 _PREFILL_TOLD = (
     "The same with as many tokens as a prompt has, and the operations a second of FlexQ's product on its slowest and its\n"
@@ -47,9 +48,9 @@ def sections(records: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         kernels = kernels[kernels["activations"] == _SHOWN].drop(columns="activations")
     decode = kernels.get("tokens", pd.Series(dtype=int)) < PREFILL_FROM
     few, many, models = kernels[decode], kernels[~decode], model_times(records)
-    for told, table in (_DECODE_TOLD, few.drop(columns="TOP/s", errors="ignore")), (_PREFILL_TOLD, many):
+    for told, table, left_out in (_DECODE_TOLD, few, "TOP/s"), (_PREFILL_TOLD, many, _QUANTISING):
         if len(table):
-            yield told, table
+            yield told, table.drop(columns=left_out)
     if len(models):
         random = set(models["weights"]) == {"random"}
         yield _MODELS_TOLD.format(weights=" with random weights" if random else ""), model_table(models)
@@ -70,8 +71,9 @@ def kernel_times(records: pd.DataFrame) -> pd.DataFrame:
 def kernel_table(records: pd.DataFrame) -> pd.DataFrame:
     """FlexQ's speed-up on GPUs over each library, the geometric mean over shapes; empty without records.
 
-    Of products alone, and in brackets of FlexQ's layer, which quantises activations, over the library's product. A row a GPU,
-    activation bits and tokens. Of the backends that `auto` chooses from, the faster layer counts.
+    Of products alone, and in brackets of FlexQ's layer, which quantises activations, over the library's product; and what that
+    adds, the median over shapes and the most. A row a GPU, activation bits and tokens. Of the backends that `auto` chooses from,
+    the faster layer counts.
     """
     from flexq_core.runtime import auto
 
@@ -81,13 +83,15 @@ def kernel_table(records: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (device, bits, tokens), mine in flexq.drop_duplicates([*setting, *shape]).groupby(setting):
         here = times[(times["device"] == device) & (times["tokens"] == tokens)]
+        quantising = mine["median_us"] - mine["gemm_us"]
         rates = 2e-6 * tokens * mine["outputs"] * mine["features"] / mine["gemm_us"]
         over = {
             f"over {name}": _speed_up(here[here["method"] == method], mine, shape)
             for method, name in _LIBRARIES.items()
         }
         shown = {"GPU": device, "activations": f"{bits:.0f} bits", "tokens": tokens, "shapes": len(mine)}
-        rows.append({**shown, **over, "TOP/s": f"{rates.min():.0f} to {rates.max():.0f}"})
+        adds = {_QUANTISING: f"{quantising.median():.1f} (≤ {quantising.max():.1f})"}
+        rows.append({**shown, **over, "TOP/s": f"{rates.min():.0f} to {rates.max():.0f}"} | adds)
     return pd.DataFrame(rows)
 
 
