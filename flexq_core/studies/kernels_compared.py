@@ -191,8 +191,8 @@ def limit_note(table: pd.DataFrame) -> str:
     if time_column(table) != "gemm_us":
         return "the least time for 6-bit weights at this machine's measured bandwidth and the fastest INT8 product found on it"
     return (
-        "the least time for 6-bit weights at the card's measured bandwidth and at the rate that cuBLAS's INT8 reaches on it, "
-        "which FP8's tensor cores, or a better INT8 kernel, can pass"
+        "the time of 6-bit weights at the bandwidth that the card copies with, which reading alone passes by some percent, and "
+        "at the rate that cuBLAS's INT8 reaches on it, which FP8's tensor cores, or a better INT8 kernel, can pass"
     )
 
 

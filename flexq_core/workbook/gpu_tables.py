@@ -31,9 +31,9 @@ _PREFILL_TOLD = (
 )
 _MODELS_TOLD = (
     "Whole models{weights}, decoded greedily: tokens of the prompt and of the outputs, the time to the first\n"
-    "token (TTFT) and for each later one (TPOT), the least that a step's bytes take at the card's measured bandwidth, the\n"
-    "memory of all weights, and how many times as long FP16 takes for a token; each method in the fastest of torch's modes that\n"
-    "it was tried in:"
+    "token (TTFT) and for each later one (TPOT), what a step's bytes take at the bandwidth that the card copies with (limit),\n"
+    "the memory of all weights, and how many times as long FP16 takes for a token; each method in the fastest of torch's modes\n"
+    "that it was tried in:"
 )
 _COMPILED = "compiled: "
 """What the reason of a `captured` record begins with, before the mode."""

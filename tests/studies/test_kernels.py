@@ -475,6 +475,7 @@ def gpu_times(shapes=None, tokens=(1, 4, 8, 16), **methods) -> pd.DataFrame:
     return kernels.tabulate(rows, machine)
 
 
+ALL = (1, 4, 8, 16, 64, 128)  # of which none lacks for a claim
 H200 = {"imma": 1.05, "bmma": 1.2, "torch_fp16": 2.7, "cublaslt_fp8": 1.5, "cublas_int8": 2.0}
 
 
@@ -485,24 +486,24 @@ def verdicts(table, card="NVIDIA H200"):
 @pytest.fixture
 def auto_takes_imma(monkeypatch):
     """With few tokens, whatever was measured last."""
-    monkeypatch.setattr(kernels.auto, "wgmma_from", lambda *_: 65)
+    monkeypatch.setattr(kernels.auto, "wgmma_from", lambda *_: 129)
 
 
 @pytest.mark.usefixtures("auto_takes_imma")
 @pytest.mark.parametrize("card", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
 def test_claims_of_hopper_are_means_over_shapes_and_the_bandwidth_of_the_largest(card):
-    found = claims(gpu_times(**H200), card)
+    found = claims(gpu_times(tokens=ALL, **H200), card)
     assert [holds for _, holds, _ in found] == [True] * 7
     assert all(text.endswith(f" on {card}") for text, _, _ in found[1:])
     assert found[1][2].startswith("1.43× over 20 shapes and 1, 4, 8 tokens; 1.3") and "quantisation" in found[1][2]
     assert found[4][2].startswith("least 95.2%, ") and found[4][2].endswith("; 8 of 8 cases")
-    assert verdicts(gpu_times(**H200 | {"imma": 1.35})) == [True, False, False, False, False, True, True]
-    assert verdicts(gpu_times(**H200).assign(definition_error=1e-3)) == [False] + [True] * 6
+    assert verdicts(gpu_times(tokens=ALL, **H200 | {"imma": 1.35})) == [True, False, False, False, False, True, True]
+    assert verdicts(gpu_times(tokens=ALL, **H200).assign(definition_error=1e-3)) == [False] + [True] * 6
 
 
 @pytest.mark.usefixtures("auto_takes_imma")
 def test_other_cards_and_shapes_have_numbers_and_no_verdict():
-    found = claims(gpu_times(**H200), "NVIDIA A100")
+    found = claims(gpu_times(tokens=ALL, **H200), "NVIDIA A100")
     assert [holds for _, holds, _ in found] == [True] + [None] * 6
     assert all("claimed of an H100 or H200, this is NVIDIA A100" in detail for _, _, detail in found[1:])
     assert found[1][2].startswith("1.43×")
@@ -511,9 +512,9 @@ def test_other_cards_and_shapes_have_numbers_and_no_verdict():
     lacking = "cuBLASLt FP8 or FlexQ was not timed on them with so many tokens here"
     assert other[1][2] == lacking and other[4][2] == "these shapes were not timed here"
     assert claims(gpu_times(imma=1.05), "NVIDIA H200")[1][1:] == (None, lacking)
-    with_others = gpu_times(shapes=[*paper.kernel_shapes(), (64, 128)], **H200)
+    with_others = gpu_times(shapes=[*paper.kernel_shapes(), (64, 128)], tokens=ALL, **H200)
     with_others.loc[with_others["outputs"] == 64, "gemm_us"] *= 1000
-    assert claims(with_others, "NVIDIA H200")[1:] == claims(gpu_times(**H200), "NVIDIA H200")[1:]
+    assert claims(with_others, "NVIDIA H200")[1:] == claims(gpu_times(tokens=ALL, **H200), "NVIDIA H200")[1:]
 
 
 @pytest.mark.usefixtures("auto_takes_imma")
@@ -533,7 +534,7 @@ def test_other_cards_and_shapes_have_numbers_and_no_verdict():
     ids=str,
 )
 def test_part_of_the_cases_bears_out_no_claim(lacking, holds, told):
-    table = gpu_times(**H200)
+    table = gpu_times(tokens=ALL, **H200)
     kept = table[(table[list(lacking)] != pd.Series(lacking)).any(axis=1)]
     found = claims(kept, "NVIDIA H200")
     assert [verdict for _, verdict, _ in found[1:]] == holds
@@ -569,7 +570,14 @@ def test_a_library_that_is_faster_with_more_rows_is_told_with_its_fewest_too():
     padded = table["method"] == "cublas-int8"
     detail = claims(table.assign(fewest_rows_us=(1.5 * table["gemm_us"]).where(padded)), "NVIDIA H200")[3][2]
     assert detail.startswith("1.90× over 20 shapes") and "; 2.86× over its fewest rows" in detail
-    assert "fewest" not in claims(table, "NVIDIA H200")[3][2]
+    alone = (claims(table.assign(fewest_rows_us=us), "NVIDIA H200")[3][2] for us in (math.nan, table["gemm_us"]))
+    assert not any("fewest" in detail for detail in alone)
+    mixed = table["gemm_us"].where(table["tokens"] == 1, 1.5 * table["gemm_us"]).where(padded)
+    (_, told), (_, clipped) = (
+        claims(table.assign(fewest_rows_us=us), "NVIDIA H200")[3][2].split("activation quantisation")
+        for us in (mixed, mixed.where(table["tokens"] != 1, 0.9 * mixed))
+    )
+    assert told == clipped  # of fewer rows that were the fastest, too, another quantile may have been taken
 
 
 def swept(changes, tokens=(1, 64, 128, 1024)):
@@ -607,14 +615,24 @@ def test_a_cliff_is_a_number_of_tokens_that_takes_longer_than_fp16_or_than_a_lar
     assert found[0][2].startswith(f"at worst {fp16}") and found[1][2].startswith(f"at worst {larger}")
 
 
-def test_without_its_kernel_fp16_or_a_second_number_of_tokens_no_cliff_can_be_told(monkeypatch):
+def test_without_its_kernel_or_fp16_no_cliff_can_be_told(monkeypatch):
     monkeypatch.setattr(kernels.auto, "wgmma_from", lambda *_: 65)
     monkeypatch.setattr(kernels_claims, "_SHAPES", 1)
     table = swept({})
-    for lacking in (table["method"] != "torch-fp16", table["tokens"] == 1, ~table["method"].isin(kernels.auto.CHOICES)):
+    for lacking in (table["method"] != "torch-fp16", ~table["method"].isin(kernels.auto.CHOICES)):
         found = claims(table[lacking], "NVIDIA H200")[-2:]
         assert None in [holds for _, holds, _ in found]
         assert all(detail == "there is nothing to compare here" for _, holds, detail in found if holds is None)
+
+
+@pytest.mark.parametrize("tokens", [[1, 64], [1, 64, 128], [64, 128, 1024], [1]])
+def test_no_cliff_is_ruled_out_by_few_numbers_of_tokens(monkeypatch, tokens):
+    monkeypatch.setattr(kernels.auto, "wgmma_from", lambda *_: 65)
+    monkeypatch.setattr(kernels_claims, "_SHAPES", 1)
+    table = swept({})
+    over_fp16, over_itself = (holds for _, holds, _ in claims(table[table["tokens"].isin(tokens)], "NVIDIA H200")[-2:])
+    assert over_fp16 is (True if 64 in tokens else None)
+    assert over_itself is (True if 128 in tokens else None)
 
 
 def test_on_a_gpu_a_cases_backend_is_the_faster_of_those_that_auto_chooses_from():

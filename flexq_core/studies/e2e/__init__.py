@@ -5,8 +5,8 @@ the same warm-up, and logits that are checked against the unquantised model's be
 
 One decode of the longest output measures every length: total(L) = TTFT + the first L - 1 steps, for the first token comes out
 of the prefill. So lengths cost nothing extra, and a short output is a prefix of a long one in time as it is in text. The time
-of the prefill and of each step is the median over the repeats before they are summed: what another process took once is not
-the method's.
+of the prefill and of each step is the median over the repeats before they are summed: of three and more what another process
+took once is not the method's, of two it is their mean.
 
 On a GPU all methods run in the same blocks, with merged projections (runtime/fuse.py), and in the same engine, whose step torch
 compiles and a CUDA graph replays (decode.py). A decode step is set beside the time that its bytes take at the measured
