@@ -26,7 +26,11 @@ def main(arguments: list[str] | None = None) -> int:
         said = f"there is no command {name!r}.{hint}\n" if name else ""
         print(f"{said}{_usage()}", file=sys.stderr)
         return 2
-    return import_module(COMMANDS[name][0]).main(rest)
+    try:
+        return import_module(COMMANDS[name][0]).main(rest)
+    except KeyboardInterrupt:  # while it is imported, too
+        print("\ninterrupted", file=sys.stderr)
+        return 130  # as a shell has it
 
 
 def _usage() -> str:

@@ -19,6 +19,15 @@ def test_every_command_says_how_it_is_used(command, capsys):
     assert import_module(COMMANDS[command][0]).main
 
 
+def test_an_interruption_is_a_line_also_while_a_command_is_imported(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flexq_core.__main__.import_module", interrupted)
+    assert main(["verify", "folder"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_lists_the_commands(flag, capsys):
     assert main([flag]) == 0

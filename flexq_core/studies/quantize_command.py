@@ -11,6 +11,7 @@ from flexq_core.quant.plan import RULES, SENSITIVE_LAYERS
 from flexq_core.quant.spec import TEXTLESS_SCALES
 from flexq_core.runtime.quantize_files import Written, quantize_files
 from flexq_core.sources.models import ModelError, model_folder
+from flexq_core.workbook.arguments import folder, given
 
 _REFUSALS = (ModelError, OSError, ValueError)
 """What ends in one line of cause and next step; a CheckpointError and a PlanError are ValueErrors."""
@@ -46,8 +47,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m flexq_core quantize",
         description="Write a model's 6-bit checkpoint. Files are read one tensor at a time; a run that was stopped goes on.",
     )
-    parser.add_argument("model", help="a demo model, a paper model such as llama-2-7b, a hub id or a local folder")
-    parser.add_argument("out", type=Path, help="the folder to write; absent or empty")
+    parser.add_argument(
+        "model", type=given, help="a demo model, a paper model such as llama-2-7b, a hub id or a local folder"
+    )
+    parser.add_argument("out", type=folder, help="the folder to write; absent or empty")
     parser.add_argument("--plan", default="flexq", help=f"{', '.join(RULES)}, or a plan file *.json (default: flexq)")
     parser.add_argument(
         "--scales",

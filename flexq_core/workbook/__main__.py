@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import errno
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from flexq_core.workbook import paths
+from flexq_core.workbook.arguments import given
 from flexq_core.workbook.execute import DEMO, NotebookError, execute, execute_all, lacking, reproduction
 from flexq_core.workbook.records import (
     RecordError,
@@ -23,6 +25,8 @@ from flexq_core.workbook.records import (
 from flexq_core.workbook.report import accuracy_table, build_report, claims_told, readable, readme_with_results
 from flexq_core.workbook.run import ParameterError
 
+_NO_ROOM = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse and carry out one command; returns the exit status."""
@@ -31,6 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
         return options.command(options)
     except (ParameterError, NotebookError, RecordError) as error:
         print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        print(
+            f"cannot write {error.filename}: {error.strerror}; set FLEXQ_OUTPUTS to a folder that can", file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from what is on record", file=sys.stderr)
@@ -45,13 +56,17 @@ def _parser() -> argparse.ArgumentParser:
     whole = commands.add_parser(
         "reproduce", help="run every notebook on one model; what is on record is not computed again"
     )
-    whole.add_argument("model", help="a demo model, a paper model such as llama-2-7b, a hub id or a local folder")
+    whole.add_argument(
+        "model", type=given, help="a demo model, a paper model such as llama-2-7b, a hub id or a local folder"
+    )
     whole.add_argument("--data-dir", default="", help="a folder that holds the texts and tasks (default: the hub)")
     whole.set_defaults(command=_reproduce)
     about = "Run one notebook. Its parameters stand in its second cell, each with what it means."
     run = commands.add_parser("run", help="run one notebook", description=about)
     run.add_argument("notebook", choices=sorted(path.stem for path in paths.NOTEBOOKS.glob("*.ipynb")))
-    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    run.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter; once for each"
+    )
     run.set_defaults(command=_run)
     commands.add_parser("report", help="build outputs/report.html from what has run").set_defaults(command=_report)
     keep = commands.add_parser(
@@ -72,16 +87,16 @@ def _demo(_: argparse.Namespace) -> int:
 def _reproduce(options: argparse.Namespace) -> int:
     from flexq_core.sources.models import ModelError, locate_model
 
-    given = _from_here({"model": options.model, "data_dir": options.data_dir})
+    places = _from_here({"model": options.model, "data_dir": options.data_dir})
     try:
-        locate_model(given["model"])
+        locate_model(places["model"])
     except ModelError as error:
         raise ParameterError(str(error)) from error
     print(f"Notebooks on {options.model}; what is on record is not computed again.")
-    without = lacking(**given)
+    without = lacking(**places)
     if without:
         print(f"Left out, since {options.data_dir} has nothing of it: {', '.join(without)}.")
-    return _finish(execute_all(reproduction(**given, without=without), first_decides=True))
+    return _finish(execute_all(reproduction(**places, without=without), first_decides=True))
 
 
 def _finish(well: bool) -> int:

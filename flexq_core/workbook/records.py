@@ -174,7 +174,8 @@ class Records:
         except OSError as error:
             raise RecordError(
                 f"cannot write {self.path}: {error.strerror or error}. Records written before are intact; free space or "
-                "set FLEXQ_OUTPUTS to a folder that can be written, and run again: finished work is not repeated"
+                "choose a folder that can be written (FLEXQ_OUTPUTS, or a command's --outputs), and run again: finished work is "
+                "not repeated"
             ) from error
 
 

@@ -43,7 +43,7 @@ from flexq_core.studies.e2e import __main__ as command
 from flexq_core.studies.e2e.decode import Engine, Generation, cache_bytes, capturing, generate, total_ms
 from flexq_core.studies.e2e.linears import DynamicInt8Linear, Int8WeightLinear, block_weight_bytes, model_bytes
 from flexq_core.workbook import figures
-from flexq_core.workbook.records import Skipped, read_jsonl
+from flexq_core.workbook.records import RecordError, Skipped, read_jsonl
 from tests.models import CONFIGS, tiny_model
 from tests.runs import run_of
 
@@ -658,6 +658,26 @@ def test_the_command_line_measures_keeps_records_and_names_what_is_wrong(tmp_pat
     with pytest.raises(SystemExit):
         command.main(["--model", "demo-lama"])
     assert "Did you mean 'demo-llama'?" in capsys.readouterr().err
+    monkeypatch.setattr(command.EndToEndStudy, "table", lambda _: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        command.main([*arguments, "--outputs", str(tmp_path / "file" / "more")])
+    assert "file/more cannot be written: Not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "text"),
+    [(KeyboardInterrupt(), 130, "the same command goes on from what is on record"), (RecordError("full"), 1, "full")],
+)
+def test_what_ends_the_command_is_one_line(monkeypatch, capsys, raised, status, text):
+    def ends(_):
+        raise raised
+
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(command.EndToEndStudy, "table", ends)
+    assert command.main(["--weights", "random", "--layers", "1", "--methods", "w6a6"]) == status
+    told = capsys.readouterr().err
+    assert text in told and "Traceback" not in told
 
 
 def test_the_command_line_sweeps_batch_sizes_and_prompts(tmp_path, capsys, monkeypatch):

@@ -64,6 +64,13 @@ def test_what_ends_a_run_is_one_message(raised, status, text, tmp_path, monkeypa
     assert text in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["quantize", "", "out"], ["quantize", "demo-llama", " "], ["verify", ""]])
+def test_an_empty_argument_is_not_the_folder_that_one_is_in(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and "it is empty; is a variable unset?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -1,5 +1,6 @@
 """Notebooks headless: what was passed arrives, a failure is an exit status, and what ran until then is kept."""
 
+import errno
 import os
 import sys
 
@@ -105,6 +106,22 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr(command, "execute", interrupted)
     assert main(["run", "good"]) == 130
     assert capsys.readouterr().err == "\nstopped; the same command goes on from what is on record\n"
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_what_to_do(monkeypatch, capsys):
+    def refused(error):
+        def execute(*_):
+            raise error
+
+        monkeypatch.setattr(command, "execute", execute)
+
+    refused(OSError(errno.EROFS, "Read-only file system", "/ro/notebooks"))
+    assert main(["run", "good"]) == 1
+    told = "cannot write /ro/notebooks: Read-only file system; set FLEXQ_OUTPUTS to a folder that can\n"
+    assert capsys.readouterr().err == told
+    refused(OSError(errno.EIO, "Input/output error", "/disk"))
+    with pytest.raises(OSError, match="Input/output"):
+        main(["run", "good"])
 
 
 def test_a_kernel_that_dies_is_a_notebook_that_failed(folder, capsys):

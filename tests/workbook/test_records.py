@@ -245,7 +245,7 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_says_what_to_do(tmp_path):
     (tmp_path / "records").write_text("a file where the folder should be")
-    with pytest.raises(RecordError, match="cannot write .* set FLEXQ_OUTPUTS"):
+    with pytest.raises(RecordError, match="cannot write .* choose a folder that can be written .FLEXQ_OUTPUTS"):
         Records("study", tmp_path).replace(**CASE, measured={})
 
 

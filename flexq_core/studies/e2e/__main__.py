@@ -20,7 +20,7 @@ from flexq_core.studies.e2e.parallel import ParallelStudy
 from flexq_core.studies.e2e_compared import plot_latency, plot_memory, plot_step, published_note
 from flexq_core.studies.parameters import whole_number
 from flexq_core.workbook.machine import outputs_of
-from flexq_core.workbook.records import Records
+from flexq_core.workbook.records import RecordError, Records
 from flexq_core.workbook.run import Run, print_claims
 
 STUDY = "04_e2e"
@@ -29,8 +29,15 @@ STUDY = "04_e2e"
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; returns the process's exit status. torchrun calls it once a process: see parallel.py."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with processes.joined(device):
-        return _measure(arguments, device)
+    try:
+        with processes.joined(device):
+            return _measure(arguments, device)
+    except RecordError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; with --outputs the same command goes on from what is on record", file=sys.stderr)
+        return 130
 
 
 def _measure(arguments: list[str] | None, device: str) -> int:
@@ -38,7 +45,9 @@ def _measure(arguments: list[str] | None, device: str) -> int:
     parser = argparse.ArgumentParser(prog="python -m flexq_core.studies.e2e", description=description)
     parser.add_argument("--model", default="demo-llama", help="a name, a hub id or a folder (default: demo-llama)")
     parser.add_argument("--weights", choices=WEIGHTS, default=WEIGHTS[0], help="(default: pretrained)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="(default: all)")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=METHODS, help="(default: all that this machine can run)"
+    )
     parser.add_argument("--backend", choices=ops.BACKENDS, default="auto", help="FlexQ's (default: auto)")
     parser.add_argument("--plan", default="", metavar="FILE", help="a plan file to time as well")
     parser.add_argument(
@@ -69,8 +78,15 @@ def _measure(arguments: list[str] | None, device: str) -> int:
     alone = processes.count() == 1
     try:
         kept = outputs_of(folder, device) if folder else None
+        if kept:
+            (kept / "records").mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(
+                dir=kept / "records"
+            ).close()  # what cannot be kept is said before anything is measured
     except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--outputs {folder} cannot be written: {error.strerror or error}")
     with tempfile.TemporaryDirectory() as temporary:
         place = kept or Path(temporary)
         records = (Records if alone else processes.SharedRecords)(STUDY, place, device)
