@@ -215,9 +215,8 @@ _BARS = {
 def prefill_bars(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """On GPUs, PREFILL_BARS on LARGEST and what FlexQ reached, in writing: {tokens, shape, what, bar} and a column a table.
 
-    tables: label → table; one without any of these cases has no column. Where a layer and its product were
-    timed apart, as on the H100, the card's clock varies by more than quantisation takes of many tokens, so that the difference
-    may be below 0.
+    tables: label → table; one without any of these cases has no column. Where a layer and its product were timed apart, as on
+    the H100, the card's clock varies by more than quantisation takes of many tokens, so that the difference may be below 0.
     """
     bars = [(*bar, shape) for bar in PREFILL_BARS for shape in LARGEST]
     rows = [(tokens, f"{n} × {k}", _BARS[name][0], _BARS[name][1].format(bar)) for tokens, name, bar, (n, k) in bars]

@@ -25,7 +25,7 @@ from flexq_core.workbook.records import (
 from flexq_core.workbook.report import accuracy_table, build_report, claims_told, readable, readme_with_results
 from flexq_core.workbook.run import ParameterError
 
-_NO_ROOM = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in _UNWRITABLE:
             raise
         print(
             f"cannot write {error.filename}: {error.strerror}; set FLEXQ_OUTPUTS to a folder that can", file=sys.stderr

@@ -78,11 +78,9 @@ def _measure(arguments: list[str] | None, device: str) -> int:
     alone = processes.count() == 1
     try:
         kept = outputs_of(folder, device) if folder else None
-        if kept:
+        if kept:  # what cannot be kept is said before anything is measured
             (kept / "records").mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(
-                dir=kept / "records"
-            ).close()  # what cannot be kept is said before anything is measured
+            tempfile.TemporaryFile(dir=kept / "records").close()
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
