@@ -49,7 +49,10 @@ def plan_or_rule(plan: PrecisionPlan | str | Path) -> PrecisionPlan | str:
         return plan
     if Path(plan).suffix == ".json":
         return read_plan(plan)
-    require_rule(str(plan))
+    try:
+        require_rule(str(plan))
+    except PlanError as error:
+        raise PlanError(f"{error}, or a plan file *.json") from None
     return str(plan)
 
 

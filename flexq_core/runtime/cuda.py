@@ -362,7 +362,7 @@ def takes_row(tokens: int, features: int, dtype: torch.dtype, *, norm: bool = Fa
 class Norm(NamedTuple):
     """RMSNorm as LLaMA has it, or LayerNorm.
 
-    weight: [K].  bias: [K] or None.  eps: finite, at least 0.  centred: LayerNorm.
+    weight: [K].  bias: [K] or None, as it is of RMSNorm.  eps: finite, at least 0.  centred: LayerNorm.
     """
 
     weight: Tensor
@@ -401,6 +401,8 @@ def linear_of_row(
         raise ValueError("a residual is added before a norm; accepted without one: None")
     if norm is not None:
         _require_eps(norm.eps)
+        if norm.bias is not None and not norm.centred:
+            raise ValueError("the norm has a bias and is not centred; accepted for RMSNorm: None")
     x, residual, weight, shift = (
         None if each is None else _vectors(each)
         for each in (x, residual, *((None, None) if norm is None else norm[:2]))

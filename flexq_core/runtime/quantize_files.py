@@ -90,11 +90,11 @@ def quantize_files(
     finite (names it). What was finished before is kept in `<out>.partial` for the next run.
     """
     source, out = source.resolve(), out.absolute()
-    _require_free(out)
+    require_free(out)
     work = _Work.of(source, plan, scales)
     partial = out.with_name(f"{out.name}.partial")
     with _locked(partial), _clear_when_full(partial), _a_thread_for_each_block() as pool:
-        _require_free(out)  # another run may have finished since
+        require_free(out)  # another run may have finished since
         finished = {file: saved for file in work.files if (saved := work.finished(file, partial)) is not None}
         _discard(partial, keep={file.name for file in finished})
         _require_space(partial, sum(work.bytes_of(file) for file in work.files if file not in finished))
@@ -348,7 +348,7 @@ Signal-to-quantisation-noise ratio of each layer's weight, measured when it was 
 """
 
 
-def _require_free(out: Path) -> None:
+def require_free(out: Path) -> None:
     """Raise CheckpointError for a place that a finished folder cannot be moved to."""
     if out.is_symlink() or out.resolve().is_mount():  # of "." the parent is itself
         kind = "link" if out.is_symlink() else "mount point"

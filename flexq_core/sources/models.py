@@ -20,6 +20,8 @@ from flexq_core.sources.on_disk import ModelOnDisk
 HUB_MODELS = {name: architecture.hub_id for name, architecture in ARCHITECTURES.items()}
 """Short names of the paper's models → hub ids."""
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 class ModelError(RuntimeError):
     """A model that is unknown or cannot be had; the message says what to do next."""
@@ -93,7 +95,7 @@ def model_folder(name: str) -> Path:
     place = locate_model(name)
     if Path(place).is_dir():
         return Path(place)
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
 
     patterns = [
         "model*.safetensors",
@@ -107,7 +109,7 @@ def model_folder(name: str) -> Path:
         "USE_POLICY*",
     ]
     with _explained(name, place):
-        folder = Path(snapshot_download(place, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        folder = Path(huggingface_hub.snapshot_download(place, allow_patterns=patterns, ignore_patterns=["*/*"]))
     if not any(folder.glob("model*.safetensors")):
         raise ModelError(
             f"the hub's {place} has no safetensors weights, and pickled ones, which can run code, are not read: convert it "
@@ -125,15 +127,22 @@ def load_model(
     a GPU unless given.  blocks_on_disk: leave the weights of its blocks on disk, for `load_block` to fetch; on the model
     itself they are then on the meta device.
     Raises ModelError, with the next step, for an unknown name, no network, a gated or absent repository, files that are
-    not a causal language model, or one that is quantised already. Only safetensors weights are read: pickled ones could
-    run code, and no code that a model brings is run.
+    not a causal language model, one that is quantised already, or a device or dtype that it cannot run in. Only safetensors
+    weights are read: pickled ones could run code, and no code that a model brings is run.
     """
+    import huggingface_hub
     import transformers
 
     place = locate_model(name)
-    folder = model_folder(name) if blocks_on_disk else None
+    _require_device(device)
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
+    elif dtype not in _DTYPES:
+        raise ModelError(f"dtype is {dtype!r}; accepted: {', '.join(map(str, _DTYPES))}")
+    folder = model_folder(name) if blocks_on_disk else None
+    if not Path(place).is_dir():
+        with _explained(name, place):  # where the hub cannot be reached transformers would try again for half a minute
+            huggingface_hub.snapshot_download(place, allow_patterns=["config.json"])
     with _explained(name, place):
         config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
     _require_unquantised(name, config)
@@ -261,6 +270,16 @@ def model_shape(name: str) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"cannot read the shape of {name!r} from its config.json: {reason}") from error
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an AssertionError is a torch without CUDA
+        available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise ModelError(
+            f"no model can be on the device {device!r} ({str(error).splitlines()[0]}); accepted here: {', '.join(available)}"
+        ) from error
 
 
 def _require_unquantised(name: str, config: Any) -> None:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from flexq_core.quant import LayerPrecision
-from flexq_core.quant.spec import ACTIVATION_BITS, GROUP_SIZE, require_bits
+from flexq_core.quant.spec import GROUP_SIZE, require_bits
 from flexq_core.runtime import auto, cuda, ops
 from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.sources import paper
@@ -43,7 +43,7 @@ from flexq_core.studies.parameters import counts, names, require_at_least, requi
 from flexq_core.studies.timing import LEAST_CALLS, best_s, cold_bytes, cpu_times_us, machine_limits, warm_up
 from flexq_core.workbook import gpu_tables
 from flexq_core.workbook.machine import outputs_of, preemptions, provenance
-from flexq_core.workbook.records import Measurement, Records, Skipped, load_records, write_atomically
+from flexq_core.workbook.records import Measurement, RecordError, Records, Skipped, load_records, write_atomically
 from flexq_core.workbook.run import Run, print_claims
 
 Shape = tuple[int, int]
@@ -51,6 +51,9 @@ Shape = tuple[int, int]
 
 DEMO_SHAPES: tuple[Shape, ...] = ((4096, 4096), (11008, 4096))
 """Two of LLaMA-7B's: attention output, and gate or up."""
+
+ACTIVATION_BITS = (6, 7, 8)
+"""Those that FLEXQ_ERROR_BOUND can tell right from wrong; fewer are timed as combinations."""
 
 BITS_PER_WEIGHT = 6 + 16 / GROUP_SIZE
 _TORCH_BITS = {"torch-fp32": 32, "torch-fp16": 16, "torch-bf16": 16, "torch-int8": 8}
@@ -73,9 +76,9 @@ class KernelStudy:
 
     run: the workbook run whose records and device are used.  shapes: `demo`, `paper` (the 20 of the kernel figure), `paper-a8`
     (those of them that it runs with 8-bit activations) or NxK, comma-separated.  tokens: comma-separated.  methods: any of
-    METHODS, or `default` for the device's.  combinations: of bits, such as w4a8, for `combination_table`; `usual` or `none`.
-    threads: 0 is torch's number.  repeats: timed calls each, fewer where they would take longer than three seconds; on a GPU
-    replays.
+    METHODS, or `default` for the device's.  activation_bits: one of ACTIVATION_BITS.  combinations: of bits, such as w4a8, for
+    `combination_table`; `usual` or `none`.  threads: 0 is torch's number.  repeats: timed calls each, fewer where they would take
+    longer than three seconds; on a GPU replays.
     Raises ValueError before anything is computed, saying what is accepted.
     """
 
@@ -95,7 +98,7 @@ class KernelStudy:
         self.run = run
         self.shapes = read_shapes(shapes)
         self.tokens = counts(tokens, "tokens")
-        require_bits(activation_bits, what="activation_bits")
+        require_bits(activation_bits, accepted=ACTIVATION_BITS, what="activation_bits")
         self.on_gpu = torch.device(run.device).type == "cuda"
         self.combinations = read_combinations(combinations)
         usual = DEFAULT_METHODS["cuda" if self.on_gpu else "cpu"]
@@ -456,9 +459,8 @@ def write_auto_table(tables: dict[tuple[str, int], pd.DataFrame], path: Path = a
     tables: what `recorded` gives. Rows of cards that it does not hold stay.
     """
     rows = {}
-    for (card, _), table in sorted(
-        tables.items(), key=lambda each: (each[0][1] != 6, each[0])
-    ):  # 6 bits decide where timed
+    # Where 6-bit activations were timed they decide.
+    for (card, _), table in sorted(tables.items(), key=lambda each: (each[0][1] != 6, each[0])):
         for row in wgmma_wins(table).to_dict("records"):
             rows.setdefault((card, row["outputs"], row["features"]), {"card": card, **row})
     cards = {card for card, _ in tables}
@@ -469,7 +471,18 @@ def write_auto_table(tables: dict[tuple[str, int], pd.DataFrame], path: Path = a
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; see `--help`."""
+    """The command line; see `--help`. Returns the exit status."""
+    try:
+        return _measure(arguments)
+    except RecordError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; with --outputs the same command goes on from what is on record", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m flexq_core.studies.kernels", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--tokens", type=whole_number, nargs="+", default=[1, 8, 64, 512], help="batch sizes (default: 1 8 64 512)"
@@ -497,6 +510,11 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="write what `auto` takes from FOLDER's records; nothing is timed",
     )
+    return parser
+
+
+def _measure(arguments: list[str] | None) -> int:
+    parser = _parser()
     options = vars(parser.parse_args(arguments))
     folder, write_table = options.pop("outputs"), options.pop("write_auto_table")
     device = "cuda" if torch.cuda.is_available() else "cpu"

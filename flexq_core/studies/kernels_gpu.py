@@ -4,8 +4,10 @@ One harness for all methods. A layer's weights lie there in so many copies that 
 comes again; a graph holds one launch after the other, on the copies in turn, and a time is that of a replay divided by its
 launches. `gemm_us` is the product alone, its operands quantised beforehand; FlexQ's `median_us` is the whole layer, which
 quantises its activations as well; their graphs are replayed in turn, so that the difference is what that adds and not what
-the card's clock did in between. Where a library takes only some numbers of rows, or is faster with more, each padding
-that it takes is timed and the fastest counts; `fewest_rows_us` is the time with the fewest rows.
+the card's clock did in between. With few tokens so are two more: `norm_us` is RMSNorm by torch and the product alone,
+`norm_quantize_us` the same with the norm fused with quantisation, as a decoder block has it. Where a library takes only some
+numbers of rows, or is faster with more, each padding that it takes is timed and the fastest counts; `fewest_rows_us` is the
+time with the fewest rows.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexq_core.quant import LayerPrecision
-from flexq_core.runtime import cuda, ops
+from flexq_core.runtime import auto, cuda, ops
+from flexq_core.runtime.activations import rms_norm
 from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.workbook.records import Measurement, Skipped
 
@@ -35,6 +38,10 @@ COMPILED_TOKENS = 8
 """Up to so many torchao's INT8 weights are timed: every number of tokens is a compile of seconds. For one token torch.compile
 makes one kernel of the cast and the product, as fast as the weights are read; 4 and 8 took an H100 20 to 70 times as long."""
 
+NORMED_TOKENS = 64
+"""Up to so many FlexQ's layer is timed after a norm as well: of more, what quantisation adds is lost in the product."""
+
+_NORM_EPS = 1e-5
 _LEAST_COPIES = 3
 _LEAST_LAUNCHES = 48  # so that what a replay itself takes, some microseconds, is lost among them
 _LEAST_REPLAY_US = 2000  # or so long a replay: many launches of milliseconds tell no more
@@ -95,9 +102,10 @@ class GpuLayers:
         truth = F.linear(x[checked].float(), self.weight)
         products = [(product, product.value(y)) for product, y in self._taken(self._operands.products(x))]
         error = max(self._require("float32", y, truth, bound, checked) for _, y in products)
-        layer = getattr(self._operands, "layer", None)
+        layer, normed = getattr(self._operands, "layer", None), {}
         measured = {"error": Measurement(error, "1")}
         if layer is not None:
+            normed = self._normed(x, bound, checked)
             definition, whole = self._operands.definition(x[checked]), layer(x, self.copies[0])
             errors = [
                 self._require("its definition", y, definition, DEFINITION_BOUND, checked)
@@ -107,16 +115,32 @@ class GpuLayers:
         products = [product for product, _ in products]  # what they computed may fill gigabytes
         ways = [product.launch for product in products]
         if layer is not None:
-            ways.append(lambda copy: layer(x, copy))
+            ways += [*normed.values(), lambda copy: layer(x, copy)]
         found = self._times_us(ways, replays)
         if layer is not None:
             measured |= _quantiles("median_us p10_us p90_us", found.pop())
+        while normed:
+            metric, _ = normed.popitem()
+            measured[metric] = _median(found.pop())
         timed = [(times, product.note) for times, product in zip(found, products, strict=True)]
-        times, note = min(timed, key=lambda each: each[0].median().item())
+        times, note = min(timed, key=lambda each: _median(each[0]).value)
         if len(timed) > 1:
-            fewest, padding = timed[0]
-            measured["fewest_rows_us"] = Measurement(fewest.median().item(), "us", padding)
+            measured["fewest_rows_us"] = _median(*timed[0])
         return measured | _quantiles("gemm_us gemm_p10_us gemm_p90_us", times, note)
+
+    def _normed(self, x: Tensor, bound: float, checked: Tensor) -> dict[str, Callable[[Tensor], Any]]:
+        """A decoder's kernels after RMSNorm, by the metric that each way is timed for.
+
+        None with many tokens, and of rows that are longer than a fused norm takes.
+        """
+        if self.method not in auto.CHOICES or len(x) > NORMED_TOKENS or self.shape[1] > cuda.MOST_NORM_FEATURES:
+            return {}
+        weight = torch.linspace(0.5, 1.5, self.shape[1], device=self.device).half()
+        ways = self._operands.normed(x, cuda.Norm(weight, None, _NORM_EPS, centred=False))
+        expected = F.linear(rms_norm(x[checked], weight, _NORM_EPS).float(), self.weight)
+        for metric, way in ways.items():
+            self._require(f"float32, for {metric}", way(self.copies[0]), expected, bound, checked)
+        return ways
 
     def _taken(self, products: list[Product]) -> list[tuple[Product, Tensor]]:
         """Those that the library takes, each with what it computes."""
@@ -199,9 +223,13 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
 
 
 def _quantiles(metrics: str, times: Tensor, note: str = "") -> dict[str, Measurement]:
-    median, p10, p90 = (times.quantile(share).item() for share in (0.5, 0.1, 0.9))
-    values = zip(metrics.split(), (median, p10, p90), (note, "", ""), strict=True)
-    return {metric: Measurement(value, "us", text) for metric, value, text in values}
+    median, p10, p90 = metrics.split()
+    tails = {p10: 0.1, p90: 0.9}
+    return {median: _median(times, note)} | {m: Measurement(times.quantile(q).item(), "us") for m, q in tails.items()}
+
+
+def _median(times: Tensor, note: str = "") -> Measurement:
+    return Measurement(times.quantile(0.5).item(), "us", note)
 
 
 class _FlexQ:
@@ -229,6 +257,25 @@ class _FlexQ:
     def layer(self, x: Tensor, chunks: Tensor) -> Tensor:
         exponent = self._layer.weight_exponent
         return ops.w6ax_linear_repacked(x, chunks, exponent, None, self._bits, self._backend)
+
+    def normed(self, x: Tensor, norm: cuda.Norm) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The layer after a norm: torch's beside the product of what was quantised before, and fused with quantisation."""
+        exponent, eps = self._layer.weight_exponent, norm.eps
+        records = cuda.rms_norm_quantize(x, norm.weight, eps, self._bits, self._backend)
+        out = x.new_empty(len(x), len(exponent))
+        arguments = (exponent, None, self._bits, self._backend, out)
+
+        def apart(chunks: Tensor) -> Tensor:
+            F.rms_norm(x, x.shape[1:], norm.weight, eps)
+            return cuda.linear(records, len(x), chunks, *arguments)
+
+        def fused(chunks: Tensor) -> Tensor:
+            if self._backend == "imma" and cuda.takes_row(*x.shape, x.dtype, norm=True):
+                return cuda.linear_of_row(x, chunks, exponent, None, self._bits, norm)[0]
+            quantized = cuda.rms_norm_quantize(x, norm.weight, eps, self._bits, self._backend)
+            return cuda.linear(quantized, len(x), chunks, *arguments)
+
+        return {"norm_us": apart, "norm_quantize_us": fused}
 
     def definition(self, x: Tensor) -> Tensor:
         bits, group_size = self._layer.precision.weight_bits, self._layer.group_size
@@ -296,7 +343,7 @@ class _TorchaoInt8:
         try:
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
         except ImportError as error:
-            raise Skipped(f"torchao's weight-only INT8 cannot be imported: {error}") from None
+            raise Skipped(f"torchao cannot be imported ({error}); to time it: python -m pip install torchao") from None
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight.bfloat16(), requires_grad=False)
         quantize_(linear, Int8WeightOnlyConfig())

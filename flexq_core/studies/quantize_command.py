@@ -9,7 +9,8 @@ from pathlib import Path
 
 from flexq_core.quant.plan import RULES, SENSITIVE_LAYERS
 from flexq_core.quant.spec import TEXTLESS_SCALES
-from flexq_core.runtime.quantize_files import Written, quantize_files
+from flexq_core.runtime.convert import plan_or_rule
+from flexq_core.runtime.quantize_files import Written, quantize_files, require_free
 from flexq_core.sources.models import ModelError, model_folder
 from flexq_core.workbook.arguments import folder, given
 
@@ -21,10 +22,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Quantise a model's files; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
+        plan = plan_or_rule(options.plan)
+        require_free(options.out.absolute())  # a model may be long in coming
         written = quantize_files(
             model_folder(options.model),
             options.out,
-            options.plan,
+            plan,
             scales=options.scales,
             name=Path(options.model).name if Path(options.model).is_dir() else options.model,
             progress=True,

@@ -19,11 +19,13 @@ _SHOWN = "6 bits"
 """Of activations: 8 take the same time but for bit planes, and would be as many rows again."""
 
 _LIBRARIES = {"torch-fp16": "cuBLAS FP16", "cublaslt-fp8": "cuBLASLt FP8", "cublas-int8": "cuBLAS INT8"}
-_QUANTISING = "quantising (µs)"
+_QUANTISING, _AFTER_NORM = "quantising (µs)", "fused with a norm (µs)"
 _DECODE_TOLD = (
     "How many times as fast FlexQ's product of 6-bit weights and activations is as each library's, whose operands are quantised\n"
-    "before: the geometric mean over shapes, weights cold; in brackets with the time that FlexQ takes to quantise activations,\n"
-    "whose median and most, in microseconds, stand last. Of the two kernels that `auto` chooses from, the faster one counts:"
+    "before: the geometric mean over shapes, weights cold; in brackets with the time that FlexQ takes to quantise activations.\n"
+    "Last, in microseconds, the median and the most of what quantising adds to the product, and, fused with the norm before it,\n"
+    "to torch's RMSNorm and the product (below 0 the fused kernel is the faster). Of the two kernels that `auto` chooses from,\n"
+    "the faster one counts:"
 )
 _PREFILL_TOLD = (
     "The same with as many tokens as a prompt has, and the operations a second of FlexQ's product on its slowest and its\n"
@@ -48,7 +50,7 @@ def sections(records: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         kernels = kernels[kernels["activations"] == _SHOWN].drop(columns="activations")
     decode = kernels.get("tokens", pd.Series(dtype=int)) < PREFILL_FROM
     few, many, models = kernels[decode], kernels[~decode], model_times(records)
-    for told, table, left_out in (_DECODE_TOLD, few, "TOP/s"), (_PREFILL_TOLD, many, _QUANTISING):
+    for told, table, left_out in (_DECODE_TOLD, few, ["TOP/s"]), (_PREFILL_TOLD, many, [_QUANTISING, _AFTER_NORM]):
         if len(table):
             yield told, table.drop(columns=left_out)
     if len(models):
@@ -65,15 +67,17 @@ def kernel_times(records: pd.DataFrame) -> pd.DataFrame:
     mine = records[records["study"] == "03_kernels"]
     layers = mine["parameters"].map(lambda p: "tokens" in p and "weight_bits" not in p)  # and no combinations of bits
     absent = {"activation_bits": math.nan, "outputs": 0, "features": 0, "tokens": 0}
-    return _newest(mine[layers.astype(bool)], absent, ["gemm_us", "median_us"]).drop(columns="model")
+    return _newest(mine[layers.astype(bool)], absent, ["gemm_us", "median_us", "norm_us", "norm_quantize_us"]).drop(
+        columns="model"
+    )
 
 
 def kernel_table(records: pd.DataFrame) -> pd.DataFrame:
     """FlexQ's speed-up on GPUs over each library, the geometric mean over shapes; empty without records.
 
     Of products alone, and in brackets of FlexQ's layer, which quantises activations, over the library's product; and what that
-    adds, the median over shapes and the most. A row a GPU, activation bits and tokens. Of the backends that `auto` chooses from,
-    the faster layer counts.
+    adds, alone and fused with a norm, the median over shapes and the most. A row a GPU, activation bits and tokens. Of the
+    backends that `auto` chooses from, the faster layer counts.
     """
     from flexq_core.runtime import auto
 
@@ -83,14 +87,16 @@ def kernel_table(records: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (device, bits, tokens), mine in flexq.drop_duplicates([*setting, *shape]).groupby(setting):
         here = times[(times["device"] == device) & (times["tokens"] == tokens)]
-        quantising = mine["median_us"] - mine["gemm_us"]
         rates = 2e-6 * tokens * mine["outputs"] * mine["features"] / mine["gemm_us"]
         over = {
             f"over {name}": _speed_up(here[here["method"] == method], mine, shape)
             for method, name in _LIBRARIES.items()
         }
         shown = {"GPU": device, "activations": f"{bits:.0f} bits", "tokens": tokens, "shapes": len(mine)}
-        adds = {_QUANTISING: f"{quantising.median():.1f} (≤ {quantising.max():.1f})"}
+        adds = {
+            _QUANTISING: _median_and_most(mine["median_us"] - mine["gemm_us"]),
+            _AFTER_NORM: _median_and_most(mine["norm_quantize_us"] - mine["norm_us"]),
+        }
         rows.append({**shown, **over, "TOP/s": f"{rates.min():.0f} to {rates.max():.0f}"} | adds)
     return pd.DataFrame(rows)
 
@@ -179,6 +185,10 @@ def _speed_up(library: pd.DataFrame, flexq: pd.DataFrame, on: list[str]) -> str:
     product = _times_as_long(library, flexq, on, "gemm_us")
     layer = _times_as_long(library.assign(median_us=library["gemm_us"]), flexq, on, "median_us")
     return f"{product} ({layer})" if product != "–" else product
+
+
+def _median_and_most(values: pd.Series) -> str:
+    return f"{values.median():.1f} (≤ {values.max():.1f})" if values.notna().any() else "–"
 
 
 def _number(value: float, form: str) -> str:

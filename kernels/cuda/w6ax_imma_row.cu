@@ -15,7 +15,7 @@ struct Room : Resident<1> {
   static constexpr int kMostGroups = 224, kMostNormGroups = 64;
   static constexpr int kSharedBytes = kMostGroups * kGroupBytes;
 
-  __device__ __forceinline__ Room(uint8_t* shared, int groups) : Resident(shared, groups) {}
+  using Resident::Resident;
 };
 
 // How a block's lanes share a row. A warp takes several groups in a step, kLanes lanes each, and computes their scales, and what their

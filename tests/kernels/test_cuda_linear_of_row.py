@@ -263,6 +263,8 @@ def test_what_a_row_may_not_be():
         cuda.linear_of_row(random(1, 1028), *operands, 6, cuda.Norm(weight.float(), None, 0.0, False))
     with pytest.raises(ValueError, match=r"residual has shape \(1, 1024\)"):
         cuda.linear_of_row(random(1, 1028), *operands, 6, cuda.Norm(weight, None, 0.0, False), random(1, 1024))
+    with pytest.raises(ValueError, match="the norm has a bias and is not centred; accepted for RMSNorm: None"):
+        cuda.linear_of_row(random(1, 1028), *operands, 6, cuda.Norm(weight, weight, 0.0, False))
     with pytest.raises(ValueError, match="a residual is added before a norm; accepted without one: None"):
         cuda.linear_of_row(random(1, 1028), *operands, 6, None, random(1, 1028))
     for features, long_norm in ((8196, cuda.Norm(random(8196), None, 0.0, False)), (28_676, None)):

@@ -1,6 +1,7 @@
 """Models by name: what is found, and one clear sentence with a next step for what is not."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -86,6 +87,27 @@ def test_without_network_the_message_names_the_next_step(monkeypatch):
     with pytest.raises(ModelError, match=r"cannot load the model 'opt-125m' \(facebook/opt-125m\)") as error:
         load_model("opt-125m")
     assert "the folder of a snapshot" in str(error.value)
+
+
+def test_an_unreachable_hub_is_found_out_before_transformers_tries_again_and_again(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", mock.Mock(side_effect=ConnectionError("no route")))
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(ModelError, match="the hub cannot be reached and the model is not in the local cache"):
+        load_model("opt-125m")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"device": "gpu"}, r"no model can be on the device 'gpu' \(.*\); accepted here: cpu"),
+        ({"device": "cuda:99"}, r"no model can be on the device 'cuda:99' \("),
+        ({"dtype": torch.int8}, "dtype is torch.int8; accepted: torch.float32, torch.float16, torch.bfloat16"),
+        ({"dtype": "float16"}, "dtype is 'float16'; accepted: torch.float32"),
+    ],
+)
+def test_a_device_or_dtype_that_no_model_can_have(options, text):
+    with pytest.raises(ModelError, match=text):
+        load_model("demo-llama", **options)
 
 
 def test_a_models_folder_is_the_local_one_or_downloaded_without_pickles(tmp_path, monkeypatch):

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from flexq_core.runtime import cpu
+from flexq_core.runtime.activations import rms_norm
 from flexq_core.sources import paper
 from flexq_core.studies import kernels, kernels_claims, kernels_combinations, kernels_compared, kernels_gpu, timing
 from flexq_core.studies.kernels import KernelStudy, claims, limits_us, read_shapes
 from flexq_core.studies.kernels_compared import speedups
 from flexq_core.workbook import figures
 from flexq_core.workbook.gpu_tables import kernel_table, kernel_times
-from flexq_core.workbook.records import Measurement, Records, Skipped, load_records, read_jsonl
+from flexq_core.workbook.records import Measurement, RecordError, Records, Skipped, load_records, read_jsonl
 from flexq_core.workbook.run import Run
 from tests.runs import run_of
 
@@ -67,7 +68,8 @@ def _quick(monkeypatch):
         ("tokens", "1,a", "tokens holds 'a'; accepted"),
         ("tokens", "-1", "tokens holds '-1'; accepted"),
         ("tokens", " , ", "tokens is empty; accepted"),
-        ("activation_bits", 9, "activation_bits is 9; accepted: 2, 3, 4, 5, 6, 7, 8"),
+        ("activation_bits", 9, "activation_bits is 9; accepted: 6, 7, 8"),
+        ("activation_bits", 5, "activation_bits is 5; accepted: 6, 7, 8"),
         ("combinations", "w4a9", "combinations holds 'w4a9'; accepted: usual, none, or w and a with 2 to 8 bits each"),
         ("combinations", "w6a6,6x6", "combinations holds '6x6'; accepted"),
         ("combinations", "", "combinations is empty; accepted"),
@@ -300,8 +302,25 @@ def test_the_command_line_times_and_keeps_no_record(capsys, monkeypatch, tmp_pat
     assert capsys.readouterr().out.count("torch-fp32") == 2
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit):
+        kernels.main(["--activation-bits", "5"])
+    assert "choose from 6, 7, 8" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         kernels.main(["--shapes", "64"])
     assert "shapes holds '64'; accepted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "text"),
+    [
+        (KeyboardInterrupt(), 130, "stopped; with --outputs the same command goes on"),
+        (RecordError("a record is not JSON"), 1, "a record is not JSON"),
+    ],
+)
+def test_what_ends_the_command_line_is_one_message(raised, status, text, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(KernelStudy, "table", mock.Mock(side_effect=raised))
+    assert kernels.main(["--shapes", "64x128"]) == status
+    assert text in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", kernels_gpu.LIBRARIES)
@@ -334,6 +353,10 @@ def card(monkeypatch):
             )
         )
 
+    def linear_of_row(x, chunks, exponent, bias, bits, norm):
+        out = x.new_empty(1, len(exponent))
+        return linear(rms_norm(x, norm.weight, norm.eps), 1, chunks, exponent, bias, bits, "imma", out), None
+
     def width(chunks, backend):
         return chunks.shape[1] * 8 // (scales[backend][0].shape[1] * 128)
 
@@ -359,6 +382,8 @@ def card(monkeypatch):
     monkeypatch.setattr(kernels_gpu.ops, "resolve_backend", lambda backend, *_, **__: backend)
     monkeypatch.setattr(kernels_gpu.FlexQLinear, "prepare", prepare)
     monkeypatch.setattr(kernels_gpu.cuda, "quantize_activation", lambda x, bits, backend: x)
+    monkeypatch.setattr(kernels_gpu.cuda, "rms_norm_quantize", lambda x, weight, eps, *_: rms_norm(x, weight, eps))
+    monkeypatch.setattr(kernels_gpu.cuda, "linear_of_row", linear_of_row)
     monkeypatch.setattr(kernels_gpu.cuda, "linear", linear)
     monkeypatch.setattr(kernels_gpu.cuda, "build_ahead", lambda bits, device: None)
     monkeypatch.setattr(
@@ -400,6 +425,8 @@ def test_every_method_of_a_gpu_is_right_and_timed_alone_and_in_its_layer(gpu_run
     assert (timed.loc[["imma", "torch-fp16"], "median_us"] == 1.5).all()
     assert timed.loc[["imma", "bmma"], "definition_error"].max() <= kernels_gpu.DEFINITION_BOUND
     assert (timed["error"] > 0).all()
+    assert (timed.loc[["imma", "wgmma"], ["norm_us", "norm_quantize_us"]] == 1.5).all(axis=None)
+    assert timed.loc[["bmma", "torch-fp16"], ["norm_us", "norm_quantize_us"]].isna().all(axis=None)
     size = 64 * 256 * 6.125 / 8 + 2 * 5 * (64 + 256)
     first = timed[(timed["tokens"] == 5) & (timed["outputs"] == 64)].loc["imma"]
     assert math.isclose(first["byte_limit_us"], size / 4200e9 * 1e6)
@@ -923,9 +950,33 @@ def test_a_product_and_its_layer_are_replayed_in_turn(graphs):
 
 
 def test_a_layer_is_timed_in_one_pass_with_its_product(card, monkeypatch):
-    monkeypatch.setattr(kernels_gpu, "replayed_us", lambda ways, replays: [torch.tensor([1.0]), torch.tensor([3.0])])
-    found = kernels_gpu.GpuLayers((64, 256), "imma", 6, "cuda", 0).measure(torch.randn(5, 256), 1, 0.06)
-    assert (found["gemm_us"].value, found["median_us"].value) == (1, 3)
+    passes = []
+    monkeypatch.setattr(
+        kernels_gpu,
+        "replayed_us",
+        lambda ways, _: passes.append(ways) or [torch.tensor([1.0 + i]) for i in range(len(ways))],
+    )
+    layers = kernels_gpu.GpuLayers((64, 256), "imma", 6, "cuda", 0)
+    found = layers.measure(torch.randn(kernels_gpu.NORMED_TOKENS, 256), 1, 0.06)
+    order = ("gemm_us", "norm_us", "norm_quantize_us", "median_us")
+    assert [found[metric].value for metric in order] == [1, 2, 3, 4] and len(passes) == 1
+    many = layers.measure(torch.randn(kernels_gpu.NORMED_TOKENS + 1, 256), 1, 0.06)
+    assert (many["gemm_us"].value, many["median_us"].value) == (1, 2) and "norm_us" not in many
+    monkeypatch.setattr(kernels_gpu.cuda, "MOST_NORM_FEATURES", 255)
+    assert "norm_us" not in layers.measure(torch.randn(5, 256), 1, 0.06)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_layer_that_is_wrong_after_a_norm_is_not_timed(card, tokens, monkeypatch):
+    monkeypatch.setattr(kernels_gpu, "replayed_us", lambda *_: pytest.fail("timed"))
+    layers = kernels_gpu.GpuLayers((64, 256), "imma", 6, "cuda", 0)
+    if tokens == 1:
+        right = kernels_gpu.cuda.linear_of_row
+        monkeypatch.setattr(kernels_gpu.cuda, "linear_of_row", lambda *a: (right(*a)[0] * 1.1, None))
+    else:
+        monkeypatch.setattr(kernels_gpu.cuda, "rms_norm_quantize", lambda x, *_: x)  # not multiplied by the weight
+    with pytest.raises(RuntimeError, match=rf"wrong at 64x256, {tokens} tokens: .* against float32, for norm_"):
+        layers.measure(torch.randn(tokens, 256), 1, 0.06)
 
 
 def test_of_many_tokens_some_of_every_tile_are_checked(gpu_run, monkeypatch):

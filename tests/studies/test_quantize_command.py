@@ -75,7 +75,13 @@ def test_an_empty_argument_is_not_the_folder_that_one_is_in(arguments, capsys):
     ("arguments", "text"),
     [
         (["demo-lama", "out"], "Did you mean 'demo-llama'"),
-        (["demo-llama", "out", "--plan", "flexk"], "did you mean 'flexq'"),
+        (
+            ["demo-llama", "out", "--plan", "flexk"],
+            "did you mean 'flexq'?); accepted: w6a6, w6a8, flexq, or a plan file *.json",
+        ),
+        # Before a model is fetched, which can take hours: this one would not be found.
+        (["./nowhere", "out", "--plan", "flexk"], "no plan rule is called 'flexk'"),
+        (["./nowhere", "."], "is not empty: give another folder"),
         (["demo-llama", "."], "is not empty: give another folder"),
     ],
 )

@@ -44,7 +44,8 @@ def time_kernels(record, card, tokens, slower=1.0, shapes=((8192, 8192), (4096, 
             bits = {"activation_bits": 6} if "mma" in method else {}
             larger = outputs / 4096
             time = us * slower * larger
-            measured = {"gemm_us": time} | ({"median_us": time + larger} if bits else {})
+            layer = {"median_us": time + larger, "norm_us": time + 3, "norm_quantize_us": time + 2 * larger}
+            measured = {"gemm_us": time} | (layer if bits else {})
             shape = {"outputs": outputs, "features": features, "tokens": tokens}
             record("03_kernels", card, f"{outputs}x{features}", method, measured, **shape, **bits)
 
@@ -58,13 +59,24 @@ def test_every_card_has_its_rows_with_few_tokens_and_with_many(record, tables):
     assert decode["tokens"].tolist() == [1, 1] and prefill["tokens"].tolist() == [4096, 4096]
     # Products of 11 and 22 µs against 33 and 66, layers of one and of two more; of the H200 half as long but for that.
     assert decode["over cuBLAS FP16"].tolist() == ["3.00× (2.75×)", "3.00× (2.54×)"]
-    assert decode["quantising (µs)"].tolist() == ["1.5 (≤ 2.0)"] * 2 and "quantising (µs)" not in prefill
+    assert decode["quantising (µs)"].tolist() == ["1.5 (≤ 2.0)"] * 2 and not {
+        "quantising (µs)",
+        "fused with a norm (µs)",
+    } & set(prefill)
+    assert decode["fused with a norm (µs)"].tolist() == ["0.0 (≤ 1.0)"] * 2
     assert decode["over cuBLAS INT8"].tolist() == ["–"] * 2
     assert prefill["over cuBLAS FP16"].tolist() == ["1.50× (1.50×)"] * 2
     assert prefill["over cuBLASLt FP8"].tolist() == ["1.82× (1.82×)", "1.82× (1.81×)"]
     assert "TOP/s" not in decode and set(decode["shapes"]) == {2}
     # 2 * 4096 * 4096² operations in 1100 µs, and four times as many in 2200
     assert prefill["TOP/s"].tolist() == ["125 to 250", "250 to 500"]
+
+
+def test_what_a_fused_norm_adds_is_told_where_it_was_timed(record, tables):
+    shape = {"outputs": 4096, "features": 4096, "tokens": 1, "activation_bits": 6}
+    record("03_kernels", H100, "4096x4096", "imma", {"gemm_us": 5.0, "median_us": 6.0}, **shape)
+    (table,) = tables().values()
+    assert table[["quantising (µs)", "fused with a norm (µs)"]].values.tolist() == [["1.0 (≤ 1.0)", "–"]]
 
 
 def test_a_table_is_there_where_its_records_are(record, tables):
