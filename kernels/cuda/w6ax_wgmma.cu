@@ -1,11 +1,12 @@
 // W6Ax for many tokens on Hopper: 6-bit weights become bytes in registers and meet the activations in shared memory (s8 wgmma).
 //
 // A block computes tiles of 128 or 192 outputs x kTokens tokens. One lane fetches and leaves; two or three warpgroups multiply, each 64
-// outputs. Weights go from shared memory to registers, where a code costs 0.6 instructions to expand, and from there straight into the
-// tensor cores: what is expanded is never stored. Then the sums are scaled and added in float32, three instructions a sum and group. With
-// 256 tokens the tensor cores multiply 64 of them while the warpgroup adds the 64 before; three warpgroups have no registers for that, and
-// multiply and add in turns. Two small blocks share a multiprocessor, so that one multiplies while the other waits; a large one takes one
-// tile after the other: while sums are stored, the next tile's stages fill.
+// outputs. In a block for 64 outputs two teams take the groups in turn, a warpgroup and a lane each. Weights go from shared memory to
+// registers, where a code costs 0.6 instructions to expand, and from there straight into the tensor cores: what is expanded is never
+// stored. Then the sums are scaled and added in float32, three instructions a sum and group. With 256 tokens the tensor cores multiply 64
+// of them while the warpgroup adds the 64 before; three warpgroups have no registers for that, and multiply and add in turns. Two small
+// blocks share a multiprocessor, so that one multiplies while the other waits; a large one takes one tile after the other: while sums are
+// stored, the next tile's stages fill.
 //
 // What bounds it is the ports of the registers. The tensor cores read and write all sums of a k-step through them, and while they do, an
 // instruction takes three cycles instead of 1.4. A group of a tile is 1024 cycles of tensor cores and 2 x 514 instructions a scheduler:
@@ -17,9 +18,11 @@
 //
 // Where a cluster of blocks is sooner done it shares the groups of a tile, or of half its tokens (see `Plan`), and each block adds up a
 // share of the sums, which the others send it, in the order of the blocks: the result does not depend on timing. Where there are few
-// outputs that exchange is felt: of the 8.2 us of 4096 x 4096 with 64 tokens the groups take 4.0, and what follows the last one 2 to 2.9.
-// An H200 runs 30 clusters of four such blocks at once, or 39 of three, so that 36 of its 132 multiprocessors have none of the 32 tiles.
-// Sums sent without meeting before (st.async into room of their own) gain 1%, a second lane that fetches activations as much.
+// outputs that exchange is felt, and what clusters leave idle: an H200 runs 30 of four blocks at once, or 39 of three, but 64 of two. So
+// two teams share up to 4224 outputs in pairs: 4096 x 4096 with 64 tokens takes 7.2 us, of which the weights' bytes are 3.0, and took 8.2
+// in clusters of three. Of tiles of 64 for nearly every multiprocessor three teams take one alone, and exchange in their block: 8192 x
+// 8192 takes 15.6 us, and took 17.8 in pairs. Fewer blocks alone are bound by what one takes in, some 80 GB/s. Tried for the exchange:
+// sums sent without meeting before (st.async into room of their own), 1% of the time.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -34,7 +37,7 @@
 namespace flexq {
 namespace {
 
-constexpr int kMostSplit = 6;    // blocks of a cluster
+constexpr int kMostParts = 6;    // teams that share a tile: a cluster's blocks, or twice as many
 constexpr int kLeastGroups = 8;  // of a block of a cluster
 constexpr int kMostRecordTokens = 128;
 constexpr int kFileRegisters = 65536, kFetchRegisters = 24;  // of a multiprocessor; of a fetching thread
@@ -43,9 +46,11 @@ constexpr int kMultiprocessorBytes = 228 * 1024, kBlockBytes = 2 * 1024;  // of 
 constexpr int whole_kib(int bytes) { return (bytes + 1023) / 1024 * 1024; }
 
 // kUnit: tokens that are multiplied at once; with 192 rows there are registers for no more than one unit's sums of a group.
-template <int kRows, int kTokens, int kUnit, int kStages>
+// kTeams: warpgroups, or several, that take a block's groups in turn, each with stages of its own.
+template <int kRows, int kTokens, int kUnit, int kStages, int kTeams>
 struct Shape {
-  static constexpr int kWarps = kRows / 16, kConsumers = kWarps * 32;
+  static constexpr int kRowWarps = kRows / 16, kReaders = kRowWarps * 32;  // of a team
+  static constexpr int kWarps = kRowWarps * kTeams, kConsumers = kReaders * kTeams;
   static constexpr int kChunks = kRows / kChunkRows;
   static constexpr int kRecordTokens = kTokens < kMostRecordTokens ? kTokens : kMostRecordTokens, kRecords = kTokens / kRecordTokens;
   static constexpr int kRecordBytes = activation_record_bytes(Order::swizzled, 8, kRecordTokens / kTokenTile);
@@ -53,26 +58,29 @@ struct Shape {
   static constexpr int kRecordStride = whole_kib(kRecordBytes), kChunksAt = (kRecords - 1) * kRecordStride + kRecordBytes;
   static constexpr int kStageBytes = whole_kib(kChunksAt + kChunks * kChunkBytes);
   static constexpr int kBlocksAtOnce = 2 * (kStages * (kStageBytes + 16) + kBlockBytes) <= kMultiprocessorBytes ? 2 : 1;
-  static constexpr bool kManyTiles = kBlocksAtOnce == 1;  // a block can take more than one
+  static constexpr bool kManyTiles = kBlocksAtOnce == 1 && kTeams == 1;  // a block can take more than one
   // From 64 tokens on the multiplying warps want more registers than their share: they take those of the fetching warp, for which it has a
   // warpgroup to itself, since registers move between whole ones only. __launch_bounds__ allots a multiple of 8.
   static constexpr bool kTakesRegisters = kManyTiles || kTokens >= 64;
   static constexpr bool kHalves = kRecords == 2;  // of a tile: a record each
-  static constexpr int kThreads = kConsumers + (kTakesRegisters ? 128 : 32);
+  static constexpr int kThreads = kConsumers + (kTakesRegisters ? 128 : 32 * kTeams);
   static constexpr int kAllotted = kThreads * (kFileRegisters / (kThreads * kBlocksAtOnce) / 8 * 8);  // of a block
   static constexpr int kRegisters = kTakesRegisters ? (kAllotted - 128 * kFetchRegisters) / kConsumers / 8 * 8 : 0;
   static_assert(kRegisters <= 255, "as many as an instruction can name");
-  static constexpr int kEarlyStages = kTokens == 16 ? 3 : 2;  // of weights, before activations are there: more would keep those waiting
+  // Of a team's weights, before activations are there: more would keep those waiting.
+  static constexpr int kEarlyStages = kTokens == 16 ? 3 : kTeams > 1 && kTokens == 128 ? 1 : 2;
   static constexpr int kTurnedTokens = kTokens == 256 ? 64 : kTokens > 16 ? 32 : 16;  // that are stored at once, as there is room
   static constexpr int kTurnedBytes = kTurnedTokens * 16 * 2;  // of a warp: two bytes for each of its 16 outputs
   static constexpr int kTurnedAtOnce = kManyTiles ? kWarps * kTurnedBytes : 0;  // a block of one tile has its stages' room for them
+  static __device__ __forceinline__ int team_of(int warp) { return kTeams == 1 ? 0 : warp / kRowWarps; }
   static constexpr int kPieceBytes = 16 * 16 * 4;  // of sums that a cluster's blocks send each other, 16 outputs x 16 tokens
   static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + kTurnedAtOnce + 1024;
   static_assert(kRows % 64 == 0, "whole warpgroups");
+  static_assert(kStages % kTeams == 0, "a stage is always the same team's");
   // Blocks add up as many pieces each, the last fewer; of two bytes a warp turns half a piece.
-  static_assert((kTokens / 16 * kWarps + kMostSplit + kWarps / 2) * kPieceBytes <= kStages * kStageBytes, "pieces fit where stages were");
+  static_assert((kTokens / 16 * kWarps + kMostParts + kWarps / 2) * kPieceBytes <= kStages * kStageBytes, "pieces fit where stages were");
   static_assert(kWarps * kTurnedBytes <= kStages * kStageBytes, "and so does what is turned");
-  static_assert(kEarlyStages < kStages, "the first stages are filled in their first turn");
+  static_assert(kEarlyStages * kTeams < kStages, "the first stages are filled in their first turn");
 };
 
 // How the blocks of a grid share the tiles of a call: each takes `whole` ones, one after the other, and then clusters of `split` blocks
@@ -199,56 +207,59 @@ __device__ __forceinline__ void store_all(const Linear& p, const float (*sums)[k
   });
 }
 
-// Adds up the sums of a cluster's blocks, and stores them. A piece is a warp's sums of 16 tokens, eight a lane; each block sends each other
-// the pieces that are its to add up, into its shared memory, where the stages were, and adds what has come in the order of the blocks.
+// Adds up the sums of a cluster's blocks, and stores them. A piece is a warp's sums of 16 tokens, eight a lane; each team of each block
+// sends each block the pieces that are its to add up, into its shared memory, where the stages were, and they are added in the order of
+// the teams.
 //
-//   [block that sent][piece of mine][vector of four sums, 0 or 1][lane], then for each warp what it turns
+//   [team that sent][piece of mine][vector of four sums, 0 or 1][lane], then for each warp what it turns
 //
 // To fetch what one adds up instead, and wait for it, took a microsecond more.
 //
 // Who sends has waited at the cluster's barrier for the fetching lanes, which arrive there when every copy into their stages is done.
-template <class Parts, int kTokens, int kUnit>
+template <class Parts, int kTokens, int kUnit, int kTeams>
 __device__ __forceinline__ void add_up_and_store(const Linear& p, const float (*sums)[kUnit / 2], uint8_t* shared, int first_output,
                                                  int first_token, int split, int rank) {
-  constexpr int kPieces = kTokens / 16 * Parts::kWarps;
+  constexpr int kRowWarps = Parts::kRowWarps, kPieces = kTokens / 16 * kRowWarps;
   const auto cluster = cooperative_groups::this_cluster();
   cluster.barrier_arrive();  // this thread has left its stages
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, each = (kPieces + split - 1) / split;
-  const int output = first_output + warp * 16;
+  const int team = Parts::team_of(warp), row_warp = warp - team * kRowWarps, parts_of_piece = split * kTeams;
+  const int output = first_output + row_warp * 16;
   const FinishTwo finish(p, output);
   auto* const pieces = reinterpret_cast<float4*>(shared) + lane;
-  int owner = 0, of_owner = warp;
+  int owner = 0, of_owner = row_warp;
   cluster.barrier_wait();
 #pragma unroll
   for (int block = 0; block < kTokens / 16; ++block) {
     while (of_owner >= each) of_owner -= each, ++owner;
     const float* sum = sums[block * 16 / kUnit] + block * 16 % kUnit / 2;
-    float4* to = cluster.map_shared_rank(pieces, owner) + (rank * each + of_owner) * 64;
+    float4* to = cluster.map_shared_rank(pieces, owner) + ((rank * kTeams + team) * each + of_owner) * 64;
     to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
     to[32] = make_float4(sum[4], sum[5], sum[6], sum[7]);
-    of_owner += Parts::kWarps;
+    of_owner += kRowWarps;
   }
   cluster.barrier_arrive();
   const int first = rank * each, last = min(first + each, kPieces);
-  uint8_t* const turned = shared + (split * each + warp / 2) * Parts::kPieceBytes + warp % 2 * (Parts::kPieceBytes / 2);
+  uint8_t* const turned = shared + (parts_of_piece * each + warp / 2) * Parts::kPieceBytes + warp % 2 * (Parts::kPieceBytes / 2);
   cluster.barrier_wait();
   with_output_type(p.y_type, [&](auto type) {
     // Pieces of this warp's outputs.
+    const int mine = first + (kRowWarps + row_warp - first % kRowWarps) % kRowWarps + team * kRowWarps;
 #pragma unroll 1
-    for (int piece = first + (Parts::kWarps + warp - first % Parts::kWarps) % Parts::kWarps; piece < last; piece += Parts::kWarps) {
-      float4 parts[kMostSplit][2];
+    for (int piece = mine; piece < last; piece += Parts::kWarps) {
+      float4 parts[kMostParts][2];
 #pragma unroll
-      for (int r = 0; r < kMostSplit; ++r)
-        if (r < split) {
+      for (int r = 0; r < kMostParts; ++r)
+        if (r < parts_of_piece) {
           const float4* from = pieces + (r * each + piece - first) * 64;
           parts[r][0] = from[0], parts[r][1] = from[32];
         }
 #pragma unroll
-      for (int r = 1; r < kMostSplit; ++r)
-        if (r < split) parts[0][0] = parts[0][0] + parts[r][0], parts[0][1] = parts[0][1] + parts[r][1];
+      for (int r = 1; r < kMostParts; ++r)
+        if (r < parts_of_piece) parts[0][0] = parts[0][0] + parts[r][0], parts[0][1] = parts[0][1] + parts[r][1];
       const float sums_of_piece[8] = {parts[0][0].x, parts[0][0].y, parts[0][0].z, parts[0][0].w,
                                       parts[0][1].x, parts[0][1].y, parts[0][1].z, parts[0][1].w};
-      const int token = first_token + piece / Parts::kWarps * 16;
+      const int token = first_token + piece / kRowWarps * 16;
       store_turned<decltype(type)::value, 16>(p, sums_of_piece, turned, output, token, finish);
     }
   });
@@ -256,13 +267,14 @@ __device__ __forceinline__ void add_up_and_store(const Linear& p, const float (*
 
 #endif
 
-template <int kRows, int kTokens, int kUnit, int kStages>
-__global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThreads, Shape<kRows, kTokens, kUnit, kStages>::kBlocksAtOnce)
+template <int kRows, int kTokens, int kUnit, int kStages, int kTeams>
+__global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages, kTeams>::kThreads,
+                                  Shape<kRows, kTokens, kUnit, kStages, kTeams>::kBlocksAtOnce)
     w6ax_wgmma_kernel(const __grid_constant__ Linear p, const __grid_constant__ Work work) {
 #if __CUDA_ARCH__ / 100 == 9  // the host never launches it elsewhere
-  using Parts = Shape<kRows, kTokens, kUnit, kStages>;
+  using Parts = Shape<kRows, kTokens, kUnit, kStages, kTeams>;
   constexpr int kUnits = kTokens / kUnit, kUnitsOfRecord = kUnits / Parts::kRecords, kBuffers = kUnits > 1 && kRows == 128 ? 2 : 1;
-  constexpr bool kMagicStart = kTokens <= 128 && kRows == 128;
+  constexpr bool kMagicStart = kTokens <= 128 && kRows <= 128;
   // Of a stage's bytes.
   const auto codes_at = [](int unit) { return unit / kUnitsOfRecord * Parts::kRecordStride + unit % kUnitsOfRecord * kUnit * kGroup; };
   const auto scales_at = [](int unit) { return unit / kUnitsOfRecord * Parts::kRecordStride + unit % kUnitsOfRecord * kUnit * 4; };
@@ -283,21 +295,22 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
   int lane = threadIdx.x % 32;
   asm volatile("" : "+r"(lane));
   const int g = lane / 4, q = lane % 4;
-  if (threadIdx.x == 0) {  // a stage is empty when every multiplying thread has said that it has read it: no warp waits for its lanes
-    for (int s = 0; s < kStages; ++s) barrier_init(full + s, 1), barrier_init(empty + s, Parts::kConsumers);
+  if (threadIdx.x == 0) {  // a stage is empty when every thread of its team has said that it has read it: no warp waits for its lanes
+    for (int s = 0; s < kStages; ++s) barrier_init(full + s, 1), barrier_init(empty + s, Parts::kReaders);
     barriers_are_ready();
   }
   __syncthreads();
 
   if (warp >= Parts::kWarps) {
     if constexpr (Parts::kRegisters > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFetchRegisters));
-    if (warp > Parts::kWarps || !elect_lane()) return;  // one lane fetches: for copies of several the compiler writes loops over lanes
+    if (warp >= Parts::kWarps + kTeams || !elect_lane()) return;
+    const int team = kTeams == 1 ? 0 : warp - Parts::kWarps;  // one lane fetches for it: for copies of several there are loops over lanes
     const uint64_t policy = work.token_tiles == 1 ? evict_first() : evict_last();
     const int64_t next_chunk = int64_t(p.groups) * kChunkBytes;
-    int stage = 0, parity = 0;
+    int stage = team, parity = 0;
     for (int turn = 0; turn <= work.whole; ++turn) {
       const Turn now(p, work, turn);
-      const int first_group = now.first_group, groups = now.groups;
+      const int first_group = now.first_group + team, groups = (now.groups - team + kTeams - 1) / kTeams;
       if (now.tile >= work.tiles) break;
       // Past the last outputs the last chunk is read again, and nothing of it is stored.
       const int first_chunk = now.output_tile * Parts::kChunks, last_chunk = (p.outputs - 1) / kChunkRows - first_chunk;
@@ -317,54 +330,57 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
 #pragma unroll
         for (int c = 0; c < Parts::kChunks; ++c)
           bulk_copy(to + c * kChunkBytes, chunk(c), kChunkBytes, full + s, policy);
-        weights += kChunkBytes;
+        weights += kTeams * kChunkBytes;
       };
       const auto fetch_records = [&](int s) {
         uint8_t* const to = shared + s * Parts::kStageBytes;
         bulk_copy(to, records, Parts::kRecordBytes, full + s);
         if (Parts::kRecords == 2 && !by_halves) bulk_copy(to + Parts::kRecordStride, second, Parts::kRecordBytes, full + s);
-        records += Parts::kRecordBytes, second += Parts::kRecordBytes;
+        records += kTeams * Parts::kRecordBytes, second += kTeams * Parts::kRecordBytes;
       };
       int left = groups;
       if (turn == 0) {  // weights do not depend on the kernel before, activations do
         const int at_once = min(groups, Parts::kEarlyStages);
 #pragma unroll 1
-        for (int s = 0; s < at_once; ++s) fetch_weights(s);
+        for (int s = 0; s < at_once; ++s) fetch_weights(team + s * kTeams);
 #pragma unroll 1
         for (int ahead = 0; ahead < min(groups - at_once, kAheadStages); ++ahead)
 #pragma unroll
-          for (int c = 0; c < Parts::kChunks; ++c) bulk_prefetch(chunk(c) + ahead * kChunkBytes, kChunkBytes, policy);
+          for (int c = 0; c < Parts::kChunks; ++c) bulk_prefetch(chunk(c) + ahead * kTeams * kChunkBytes, kChunkBytes, policy);
         wait_for_previous_kernel();
 #pragma unroll 1
-        for (int s = 0; s < at_once; ++s) fetch_records(s);
-        left -= at_once, stage = at_once;
+        for (int s = 0; s < at_once; ++s) fetch_records(team + s * kTeams);
+        left -= at_once, stage += at_once * kTeams;
       }
 #pragma unroll 1
       for (; left > 0; --left) {
         barrier_wait(empty + stage, parity ^ 1);  // of a stage never filled: at once
         fetch_weights(stage);
         fetch_records(stage);
-        if (++stage == kStages) stage = 0, parity ^= 1;
+        if ((stage += kTeams) >= kStages) stage = team, parity ^= 1;
       }
       if constexpr (!Parts::kManyTiles) break;
     }
-    if (work.split > 1) {  // neighbours' sums come where the stages are (add_up_and_store)
+    if (kTeams > 1 || work.split > 1) {  // others' sums come where the stages are (add_up_and_store)
 #pragma unroll 1
-      for (int s = 0; s < kStages; ++s) barrier_wait(full + s, parity ^ (s >= stage));  // its last copy; of a stage never filled: at once
+      for (int s = team; s < kStages; s += kTeams)
+        barrier_wait(full + s, parity ^ (s >= stage));  // its last copy; of a stage never filled: at once
       cluster_arrive();
     }
   } else {
     if constexpr (Parts::kRegisters > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Parts::kRegisters));
-    const int chunk_at = Parts::kChunksAt + warp / 2 * kChunkBytes;  // this warp's half chunk: rows 16 * warp of the tile
+    const int team = Parts::team_of(warp), row_warp = warp - team * Parts::kRowWarps;
+    const int chunk_at = Parts::kChunksAt + row_warp / 2 * kChunkBytes;  // this warp's half chunk: rows 16 * row_warp of the tile
     wait_for_previous_kernel();  // which activations are waited for anyway; exponents and bias may be of it, too
     float sums[kUnits][kUnit / 2];
     int32_t inner[kBuffers][kUnit / 2];  // of units in turn: while the tensor cores fill one, the other is scaled and added
     uint32_t words[12], a[4][4];
-    int stage = 0, parity = 0;
-    const uint8_t* here = shared;
+    uint8_t* const first_stage = shared + team * Parts::kStageBytes;
+    int stage = team, parity = 0;
+    const uint8_t* here = first_stage;
     const auto load_words = [&] {
       barrier_wait(full + stage, parity);
-      load_half(here + chunk_at, warp % 2, lane, words);
+      load_half(here + chunk_at, row_warp % 2, lane, words);
     };
     // Sums of the next so many groups, of the first kCount units of a tile.
     const auto add_groups = [&](auto units, int groups) {
@@ -374,8 +390,8 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
 #pragma unroll
         for (int e = 0; e < kUnit / 2; ++e) sums[unit][e] = 0.0f;
       load_words();
-      for (int step = 0; step < groups; ++step) {
-        const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(here + chunk_at + kHalfBytes + g * 8 + warp % 2 * 4));
+      for (int step = team; step < groups; step += kTeams) {
+        const float2 sw = __half22float2(*reinterpret_cast<const __half2*>(here + chunk_at + kHalfBytes + g * 8 + row_warp % 2 * 4));
         const float2 start = make_float2(-kMagic * sw.x, -kMagic * sw.y);
         const uint8_t* sx = here + Parts::kRecordTokens * kGroup + q * 16;
         const uint64_t tokens = swizzled_operand(shared_address(here));
@@ -403,9 +419,9 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
 #pragma unroll
           for (int j = 0; j < kEarlyScales; ++j) early[j] = scales[4 * j];
           if (unit + 1 == kCount) {
-            here += Parts::kStageBytes;
-            if (++stage == kStages) stage = 0, parity ^= 1, here = shared;
-            if (step + 1 < groups) load_words();
+            here += kTeams * Parts::kStageBytes;
+            if ((stage += kTeams) >= kStages) stage = team, parity ^= 1, here = first_stage;
+            if (step + kTeams < groups) load_words();
           }
           if (kBuffers > 1 && unit + 1 < kCount) {
             multiply(unit + 1);
@@ -438,13 +454,13 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages>::kThread
         if (turn == work.whole && work.halves) {
           add_groups(std::integral_constant<int, kUnits / 2>(), now.groups);
           const int first_of_half = first_token + now.half * (kTokens / 2);
-          add_up_and_store<Parts, kTokens / 2, kUnit>(p, sums, shared, first_output, first_of_half, work.split, now.rank);
+          add_up_and_store<Parts, kTokens / 2, kUnit, kTeams>(p, sums, shared, first_output, first_of_half, work.split, now.rank);
           break;
         }
       }
       add_groups(std::integral_constant<int, kUnits>(), now.groups);
-      if (work.split > 1 && turn == work.whole) {
-        add_up_and_store<Parts, kTokens, kUnit>(p, sums, shared, first_output, first_token, work.split, now.rank);
+      if (kTeams > 1 || (work.split > 1 && turn == work.whole)) {  // teams always have their sums to add up
+        add_up_and_store<Parts, kTokens, kUnit, kTeams>(p, sums, shared, first_output, first_token, work.split, now.rank);
         break;
       }
       const int output = first_output + warp * 16;
@@ -465,15 +481,18 @@ struct Plan {
 };
 
 // kGroupTime: how long a group of a tile takes on an H200, in ns.
-template <int kRows, int kTokens, int kUnit, int kStages, int kGroupTime>
+template <int kRows, int kTokens, int kUnit, int kStages, int kGroupTime, int kTeams = 1>
 struct Variant {
-  using Parts = Shape<kRows, kTokens, kUnit, kStages>;
-  static constexpr auto kKernel = w6ax_wgmma_kernel<kRows, kTokens, kUnit, kStages>;
+  using Parts = Shape<kRows, kTokens, kUnit, kStages, kTeams>;
+  static constexpr auto kKernel = w6ax_wgmma_kernel<kRows, kTokens, kUnit, kStages, kTeams>;
   // As long as so many groups takes all else of a tile that a block takes alone or shares with its cluster. With kGroupTime, times of the
-  // paper's layers in every cluster that can run follow within 3%, those of small blocks within 16%.
+  // paper's layers in every cluster that can run follow within 3%, those of small blocks within 16%, those of teams within 12%.
   static constexpr float kAloneGroups = Parts::kManyTiles ? 4.2f : 6.5f;
-  static constexpr float kSharedGroups = kTokens == 256 ? 7.7f : kRows == 192 ? 8.0f : Parts::kManyTiles ? 8.6f : 7.0f;
+  static constexpr float kSharedGroups =
+      kTokens == 256 ? 7.7f : kTeams > 1 ? 16.0f : kRows == 192 ? 8.0f : Parts::kManyTiles ? 8.6f : 7.0f;
   static constexpr float kHalfTime = 0.59f;  // of a shared tile's, by halves
+  // Two teams are in clusters; three alone, where there are blocks for most multiprocessors, of long rows for nearly all.
+  static constexpr int kLeastSplit = kTeams == 2 ? 2 : 1, kMostSplit = kTeams == 3 ? 1 : kMostParts / kTeams;
 
   static int token_tiles(const Linear& p) { return (p.tokens + kTokens - 1) / kTokens; }
   static int tiles(const Linear& p) { return (p.outputs + kRows - 1) / kRows * token_tiles(p); }
@@ -490,11 +509,12 @@ struct Variant {
       if (best.time == 0.0f || time < best.time) best = {{kRows, kTokens, split, whole, halves}, time, run};
     };
     // Alone first: whether a block fits the card is asked there, once for all.
-    for (int split = 1; split <= kMostSplit && (split == 1 || p.groups >= kLeastGroups * split); ++split) {
+    for (int split = 1; split <= kMostSplit && ((kTeams == 1 && split == 1) || p.groups >= kLeastGroups * split); ++split) {
       const int at_once = clusters(split), count = tiles(p);
       if (at_once == 0) break;
       const int rounds = (count + at_once - 1) / at_once;
-      if (split == 1) {
+      if (split < kLeastSplit || (kTeams == 3 && 16 * count < (p.groups > 160 ? 15 : 12) * at_once)) continue;
+      if (kTeams == 1 && split == 1) {
         consider(1, Parts::kManyTiles ? rounds : 0, false, rounds * alone);
         continue;
       }
@@ -533,10 +553,15 @@ Plan fastest(const Linear& p, int token_tiles) {
     throw std::invalid_argument("w6ax_wgmma needs a card of compute capability 9; this one has imma and bmma");
   switch (token_tiles) {  // with few tokens small blocks, two at once, or a large one, which takes many tiles
     case 2: return fastest_of<Variant<128, 16, 16, 5, 570>, Variant<128, 16, 16, 14, 345>>(p);
-    case 4: return fastest_of<Variant<128, 32, 32, 5, 590>, Variant<128, 32, 32, 12, 380>>(p);
-    case 8: return fastest_of<Variant<128, 64, 64, 5, 710>, Variant<128, 64, 64, 10, 445>, Variant<192, 64, 64, 7, 580>>(p);
+    case 4:
+      return fastest_of<Variant<64, 32, 32, 18, 190, 2>, Variant<64, 32, 32, 18, 160, 3>, Variant<128, 32, 32, 5, 590>,
+                        Variant<128, 32, 32, 12, 380>>(p);
+    case 8:
+      return fastest_of<Variant<64, 64, 64, 14, 210, 2>, Variant<64, 64, 64, 12, 185, 3>, Variant<128, 64, 64, 5, 710>,
+                        Variant<128, 64, 64, 10, 445>, Variant<192, 64, 64, 7, 580>>(p);
     case 16:  // larger tiles read less, smaller ones are sooner done where there are few
-      return fastest_of<Variant<128, 128, 128, 7, 650>, Variant<128, 256, 64, 4, 1050>, Variant<192, 128, 64, 6, 850>>(p);
+      return fastest_of<Variant<64, 128, 128, 8, 320, 2>, Variant<64, 128, 64, 6, 290, 3>, Variant<128, 128, 128, 7, 650>,
+                        Variant<128, 256, 64, 4, 1050>, Variant<192, 128, 64, 6, 850>>(p);
     default: throw std::invalid_argument("token_tiles is " + std::to_string(token_tiles) + "; accepted: 2, 4, 8, 16");
   }
 }
