@@ -21,6 +21,11 @@ HUB_MODELS = {name: architecture.hub_id for name, architecture in ARCHITECTURES.
 """Short names of the paper's models → hub ids."""
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""That the kernels take activations in."""
+
+_ANSWER_S = 10
+"""Seconds in which the hub has to answer whether it has a model: transformers, which asks for every file, tries each for half a
+minute and more."""
 
 
 class ModelError(RuntimeError):
@@ -109,7 +114,8 @@ def model_folder(name: str) -> Path:
         "USE_POLICY*",
     ]
     with _explained(name, place):
-        folder = Path(huggingface_hub.snapshot_download(place, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        options = {"allow_patterns": patterns, "ignore_patterns": ["*/*"]} | _cached_alone(place)
+        folder = Path(huggingface_hub.snapshot_download(place, **options))
     if not any(folder.glob("model*.safetensors")):
         raise ModelError(
             f"the hub's {place} has no safetensors weights, and pickled ones, which can run code, are not read: convert it "
@@ -130,7 +136,6 @@ def load_model(
     not a causal language model, one that is quantised already, or a device or dtype that it cannot run in. Only safetensors
     weights are read: pickled ones could run code, and no code that a model brings is run.
     """
-    import huggingface_hub
     import transformers
 
     place = locate_model(name)
@@ -140,27 +145,25 @@ def load_model(
     elif dtype not in _DTYPES:
         raise ModelError(f"dtype is {dtype!r}; accepted: {', '.join(map(str, _DTYPES))}")
     folder = model_folder(name) if blocks_on_disk else None
-    if not Path(place).is_dir():
-        with _explained(name, place):  # where the hub cannot be reached transformers would try again for half a minute
-            huggingface_hub.snapshot_download(place, allow_patterns=["config.json"])
     with _explained(name, place):
-        config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+        options = {"trust_remote_code": False} | ({} if Path(place).is_dir() else _cached_alone(place))
+        config = transformers.AutoConfig.from_pretrained(place, **options)
     _require_unquantised(name, config)
     with _explained(name, place):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
         if folder is not None:
             on_disk = ModelOnDisk(folder, device=device, dtype=dtype)
             model = on_disk.model
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                place, dtype=dtype, use_safetensors=True, trust_remote_code=False
+                place, dtype=dtype, use_safetensors=True, **options
             )
     config = model.config
     return LoadedModel(
         name=name,
         model=model if blocks_on_disk else model.to(device).eval(),
         tokenizer=tokenizer,
-        fingerprint=_fingerprint(place, config),
+        fingerprint=_fingerprint(place),
         context_length=DEMO_MODELS[name].context_length if name in DEMO_MODELS else config.max_position_embeddings,
         load_block=on_disk.block if blocks_on_disk else None,
     )
@@ -178,8 +181,8 @@ def random_model(
 ) -> LoadedModel:
     """A model of the shape of `name` with random weights, for measuring time and memory; it has no tokenizer.
 
-    name: a demo model, a model of `ARCHITECTURES` (nothing is downloaded), or a local folder.  dtype: as `load_model`.
-    layers: build this many blocks only, or all if there are fewer; 0 builds all.
+    name: a demo model, a model of `ARCHITECTURES` (nothing is downloaded), or a local folder.  dtype: float32 on a CPU and
+    float16 on a GPU unless given.  layers: build this many blocks only, or all if there are fewer; 0 builds all.
     seed: of the weights; a block's do not depend on the others.
     convert: (name, block) → what stands in the block's place, asked as soon as a block is made: of a model that is quantised
     so, one block at a time takes its full size.  keep: False makes each block anew whenever the model runs and holds none, so
@@ -272,14 +275,36 @@ def model_shape(name: str) -> Any:
         raise ModelError(f"cannot read the shape of {name!r} from its config.json: {reason}") from error
 
 
+def _cached_alone(place: str) -> dict[str, bool]:
+    """By which option of transformers and the hub a model comes from the cache alone, as it must where the hub gives no answer.
+
+    Raises what the hub raises where the model is not in the cache either.
+    """
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().model_info(place, timeout=_ANSWER_S)
+    except Exception:
+        if _cached_config(place) is None:
+            raise
+        return {"local_files_only": True}
+    return {}
+
+
+def _cached_config(place: str) -> Path | None:
+    """config.json of a hub model's revision in the cache; its folder is named after the commit."""
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(place, "config.json")
+    return Path(found) if isinstance(found, str) else None
+
+
 def _require_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # an AssertionError is a torch without CUDA
         available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise ModelError(
-            f"no model can be on the device {device!r} ({str(error).splitlines()[0]}); accepted here: {', '.join(available)}"
-        ) from error
+        raise ModelError(f"no model can be on the device {device!r}; accepted here: {', '.join(available)}") from error
 
 
 def _require_unquantised(name: str, config: Any) -> None:
@@ -290,10 +315,11 @@ def _require_unquantised(name: str, config: Any) -> None:
         )
 
 
-def _fingerprint(place: str, config: Any) -> str:
+def _fingerprint(place: str) -> str:
     folder = Path(place)
     if not folder.is_dir():
-        return f"{place}@{getattr(config, '_commit_hash', None) or 'unknown'}"
+        cached = _cached_config(place)
+        return f"{place}@{cached.parent.name if cached else 'unknown'}"
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
@@ -333,8 +359,11 @@ def _explain(name: str, place: str, error: Exception) -> str:
         "ConnectionError",
         "ConnectTimeout",
         "ConnectError",
+        "IncompleteSnapshotError",
         "LocalEntryNotFoundError",
         "OfflineModeIsEnabled",
+        "ProxyError",
+        "ReadTimeout",
     }:
         step = (
             "the hub cannot be reached and the model is not in the local cache: connect, or give the folder of a "

@@ -131,7 +131,7 @@ class GpuLayers:
     def _normed(self, x: Tensor, bound: float, checked: Tensor) -> dict[str, Callable[[Tensor], Any]]:
         """A decoder's kernels after RMSNorm, by the metric that each way is timed for.
 
-        None with many tokens, and of rows that are longer than a fused norm takes.
+        Empty with many tokens, and of rows that are longer than a fused norm takes.
         """
         if self.method not in auto.CHOICES or len(x) > NORMED_TOKENS or self.shape[1] > cuda.MOST_NORM_FEATURES:
             return {}

@@ -23,9 +23,9 @@ _QUANTISING, _AFTER_NORM = "quantising (µs)", "fused with a norm (µs)"
 _DECODE_TOLD = (
     "How many times as fast FlexQ's product of 6-bit weights and activations is as each library's, whose operands are quantised\n"
     "before: the geometric mean over shapes, weights cold; in brackets with the time that FlexQ takes to quantise activations.\n"
-    "Last, in microseconds, the median and the most of what quantising adds to the product, and, fused with the norm before it,\n"
-    "to torch's RMSNorm and the product (below 0 the fused kernel is the faster). Of the two kernels that `auto` chooses from,\n"
-    "the faster one counts:"
+    "Last, in microseconds, the median and the most of what quantising adds to the product, and, fused with the norm before it\n"
+    "(of up to 16384 features), to torch's RMSNorm and the product: below 0 the fused way is the faster. Of the two kernels that\n"
+    "`auto` chooses from, the faster one counts:"
 )
 _PREFILL_TOLD = (
     "The same with as many tokens as a prompt has, and the operations a second of FlexQ's product on its slowest and its\n"

@@ -1,27 +1,27 @@
 // W6Ax for many tokens on Hopper: 6-bit weights become bytes in registers and meet the activations in shared memory (s8 wgmma).
 //
 // A block computes tiles of 128 or 192 outputs x kTokens tokens. One lane fetches and leaves; two or three warpgroups multiply, each 64
-// outputs. In a block for 64 outputs two teams take the groups in turn, a warpgroup and a lane each. Weights go from shared memory to
-// registers, where a code costs 0.6 instructions to expand, and from there straight into the tensor cores: what is expanded is never
+// outputs. In a block for 64 outputs two or three teams take the groups in turn, a warpgroup and a lane each. Weights go from shared memory
+// to registers, where a code costs 0.6 instructions to expand, and from there straight into the tensor cores: what is expanded is never
 // stored. Then the sums are scaled and added in float32, three instructions a sum and group. With 256 tokens the tensor cores multiply 64
 // of them while the warpgroup adds the 64 before; three warpgroups have no registers for that, and multiply and add in turns. Two small
-// blocks share a multiprocessor, so that one multiplies while the other waits; a large one takes one tile after the other: while sums are
-// stored, the next tile's stages fill.
+// blocks share a multiprocessor, so that one multiplies while the other waits; a large one, but for those of teams, takes one tile after
+// the other: while sums are stored, the next tile's stages fill.
 //
 // What bounds it is the ports of the registers. The tensor cores read and write all sums of a k-step through them, and while they do, an
 // instruction takes three cycles instead of 1.4. A group of a tile is 1024 cycles of tensor cores and 2 x 514 instructions a scheduler:
 // 341 of these fit into those cycles, and the others take as long again. Without the conversions it would be 12% faster, but both ways
 // to spare them cost as much: sums that start at kMagicBits are read once more, and sums that start at a product of constants, so large
 // that none is negative and the bits are those of a denormal number, take a k-step more, whose constants are large enough for 6-bit
-// activations alone. With up to 128 tokens and two warpgroups the tensor cores have the time: there sums start at kMagicBits, which gains
-// 1 to 3% (three lose 5%).
+// activations alone. With up to 128 tokens and tiles of up to 128 outputs the tensor cores have the time: there sums start at kMagicBits,
+// which gains 1 to 3% (tiles of 192 outputs lose 5%).
 //
 // Where a cluster of blocks is sooner done it shares the groups of a tile, or of half its tokens (see `Plan`), and each block adds up a
 // share of the sums, which the others send it, in the order of the blocks: the result does not depend on timing. Where there are few
-// outputs that exchange is felt, and what clusters leave idle: an H200 runs 30 of four blocks at once, or 39 of three, but 64 of two. So
+// outputs that exchange is felt, and what clusters leave idle: an H200 runs 30 of four blocks at once, or 39 of three, but 66 of two. So
 // two teams share up to 4224 outputs in pairs: 4096 x 4096 with 64 tokens takes 7.2 us, of which the weights' bytes are 3.0, and took 8.2
-// in clusters of three. Of tiles of 64 for nearly every multiprocessor three teams take one alone, and exchange in their block: 8192 x
-// 8192 takes 15.6 us, and took 17.8 in pairs. Fewer blocks alone are bound by what one takes in, some 80 GB/s. Tried for the exchange:
+// in clusters of three. Of tiles of 64 for most multiprocessors three teams take one alone, and exchange in their block: 8192 x 8192
+// takes 15.6 us, and took 17.8 in pairs. Fewer blocks alone are bound by what one takes in, some 80 GB/s. Tried for the exchange:
 // sums sent without meeting before (st.async into room of their own), 1% of the time.
 #include <cooperative_groups.h>
 
@@ -37,7 +37,7 @@
 namespace flexq {
 namespace {
 
-constexpr int kMostParts = 6;    // teams that share a tile: a cluster's blocks, or twice as many
+constexpr int kMostParts = 6;    // teams that share a tile, in as many blocks of a cluster or fewer
 constexpr int kLeastGroups = 8;  // of a block of a cluster
 constexpr int kMostRecordTokens = 128;
 constexpr int kFileRegisters = 65536, kFetchRegisters = 24;  // of a multiprocessor; of a fetching thread
@@ -46,7 +46,8 @@ constexpr int kMultiprocessorBytes = 228 * 1024, kBlockBytes = 2 * 1024;  // of 
 constexpr int whole_kib(int bytes) { return (bytes + 1023) / 1024 * 1024; }
 
 // kUnit: tokens that are multiplied at once; with 192 rows there are registers for no more than one unit's sums of a group.
-// kTeams: warpgroups, or several, that take a block's groups in turn, each with stages of its own.
+// kTeams: of kRows / 64 warpgroups, that take a block's groups in turn, each with stages of its own. Every team has a group to take, since
+// there are kLeastGroups for a block.
 template <int kRows, int kTokens, int kUnit, int kStages, int kTeams>
 struct Shape {
   static constexpr int kRowWarps = kRows / 16, kReaders = kRowWarps * 32;  // of a team
@@ -491,7 +492,8 @@ struct Variant {
   static constexpr float kSharedGroups =
       kTokens == 256 ? 7.7f : kTeams > 1 ? 16.0f : kRows == 192 ? 8.0f : Parts::kManyTiles ? 8.6f : 7.0f;
   static constexpr float kHalfTime = 0.59f;  // of a shared tile's, by halves
-  // Two teams are in clusters; three alone, where there are blocks for most multiprocessors, of long rows for nearly all.
+  // Two teams are in clusters; three alone, where there are blocks for most multiprocessors, of long rows for nearly all: 7168 x 28672 with
+  // 64 tokens takes 7% longer so, in 112 blocks, and 6656 x 17920 in 104 blocks 4% less.
   static constexpr int kLeastSplit = kTeams == 2 ? 2 : 1, kMostSplit = kTeams == 3 ? 1 : kMostParts / kTeams;
 
   static int token_tiles(const Linear& p) { return (p.tokens + kTokens - 1) / kTokens; }

@@ -1,10 +1,16 @@
 """Models by name: what is found, and one clear sentence with a next step for what is not."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from unittest import mock
 
+import httpx
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from flexq_core.runtime.convert import quantize_model
 from flexq_core.sources import demo
@@ -89,18 +95,41 @@ def test_without_network_the_message_names_the_next_step(monkeypatch):
     assert "the folder of a snapshot" in str(error.value)
 
 
-def test_an_unreachable_hub_is_found_out_before_transformers_tries_again_and_again(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", mock.Mock(side_effect=ConnectionError("no route")))
+UNREACHABLE = [httpx.ConnectError("no route"), httpx.ReadTimeout("silent"), OfflineModeIsEnabled("offline")]
+"""What the hub raises where it gives no answer."""
+
+
+@pytest.mark.parametrize("raised", UNREACHABLE, ids=lambda raised: type(raised).__name__)
+def test_an_unreachable_hub_is_asked_once_for_a_while_and_transformers_never(raised, monkeypatch):
+    asked = mock.Mock(side_effect=raised)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", asked)
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(ModelError, match="the hub cannot be reached and the model is not in the local cache"):
         load_model("opt-125m")
+    asked.assert_called_once_with("facebook/opt-125m", timeout=10)
+
+
+def test_a_model_in_the_cache_needs_no_hub_and_is_told_by_its_commit(tmp_path):
+    """In another process: the hub's library reads where its cache is when it is imported."""
+    repository = tmp_path / "hub" / "models--facebook--opt-125m"
+    snapshot = repository / "snapshots" / "0123456789abcdef"
+    shutil.copytree(demo.demo_path("demo-opt"), snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    told = "model.fingerprint, len(model.tokenizer)"
+    # Nobody listens there.
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    run = f"from flexq_core.sources.models import load_model; model = load_model('opt-125m'); print({told})"
+    done = subprocess.run([sys.executable, "-c", run], env=environment, capture_output=True, text=True, timeout=100)
+    tokens = len(load_model("demo-opt").tokenizer)
+    assert done.stdout.split() == ["facebook/opt-125m@0123456789abcdef", str(tokens)], done.stderr
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"device": "gpu"}, r"no model can be on the device 'gpu' \(.*\); accepted here: cpu"),
-        ({"device": "cuda:99"}, r"no model can be on the device 'cuda:99' \("),
+        ({"device": "gpu"}, "no model can be on the device 'gpu'; accepted here: cpu"),
+        ({"device": "cuda:99"}, "no model can be on the device 'cuda:99'; accepted here: cpu"),
         ({"dtype": torch.int8}, "dtype is torch.int8; accepted: torch.float32, torch.float16, torch.bfloat16"),
         ({"dtype": "float16"}, "dtype is 'float16'; accepted: torch.float32"),
     ],
@@ -118,6 +147,7 @@ def test_a_models_folder_is_the_local_one_or_downloaded_without_pickles(tmp_path
         asked.update(options, place=place)
         return str(tmp_path)
 
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(
         ModelError, match=r"facebook/opt-125m has no safetensors weights, and pickled ones.* convert it"
