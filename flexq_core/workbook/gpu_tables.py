@@ -24,7 +24,7 @@ _DECODE_TOLD = (
     "How many times as fast FlexQ's product of 6-bit weights and activations is as each library's, whose operands are quantised\n"
     "before: the geometric mean over shapes, weights cold; in brackets with the time that FlexQ takes to quantise activations.\n"
     "Last, in microseconds, the median and the most of what quantising adds to the product, and, fused with the norm before it\n"
-    "(of up to 16384 features), to torch's RMSNorm and the product: below 0 the fused way is the faster. Of the two kernels that\n"
+    "(of up to 16384 features), to torch's RMSNorm and the product: below 0 the fused way is faster. Of the two kernels that\n"
     "`auto` chooses from, the faster one counts:"
 )
 _PREFILL_TOLD = (
