@@ -114,8 +114,10 @@ def model_folder(name: str) -> Path:
         "USE_POLICY*",
     ]
     with _explained(name, place):
-        options = {"allow_patterns": patterns, "ignore_patterns": ["*/*"]} | _cached_alone(place)
-        folder = Path(huggingface_hub.snapshot_download(place, **options))
+        source = _source(place)
+        if source == place:
+            source = huggingface_hub.snapshot_download(place, allow_patterns=patterns, ignore_patterns=["*/*"])
+    folder = Path(source)
     if not any(folder.glob("model*.safetensors")):
         raise ModelError(
             f"the hub's {place} has no safetensors weights, and pickled ones, which can run code, are not read: convert it "
@@ -146,17 +148,17 @@ def load_model(
         raise ModelError(f"dtype is {dtype!r}; accepted: {', '.join(map(str, _DTYPES))}")
     folder = model_folder(name) if blocks_on_disk else None
     with _explained(name, place):
-        options = {"trust_remote_code": False} | ({} if Path(place).is_dir() else _cached_alone(place))
-        config = transformers.AutoConfig.from_pretrained(place, **options)
+        source = place if Path(place).is_dir() else _source(place)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     _require_unquantised(name, config)
     with _explained(name, place):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if folder is not None:
             on_disk = ModelOnDisk(folder, device=device, dtype=dtype)
             model = on_disk.model
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                place, dtype=dtype, use_safetensors=True, **options
+                source, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
     config = model.config
     return LoadedModel(
@@ -275,8 +277,8 @@ def model_shape(name: str) -> Any:
         raise ModelError(f"cannot read the shape of {name!r} from its config.json: {reason}") from error
 
 
-def _cached_alone(place: str) -> dict[str, bool]:
-    """By which option of transformers and the hub a model comes from the cache alone, as it must where the hub gives no answer.
+def _source(place: str) -> str:
+    """Where a hub model comes from: the hub, or, where that gives no answer, the folder of the cache that holds it.
 
     Raises what the hub raises where the model is not in the cache either.
     """
@@ -285,18 +287,19 @@ def _cached_alone(place: str) -> dict[str, bool]:
     try:
         huggingface_hub.HfApi().model_info(place, timeout=_ANSWER_S)
     except Exception:
-        if _cached_config(place) is None:
+        folder = _cached_folder(place)
+        if folder is None or not any(folder.glob("*.safetensors")):
             raise
-        return {"local_files_only": True}
-    return {}
+        return str(folder)
+    return place
 
 
-def _cached_config(place: str) -> Path | None:
-    """config.json of a hub model's revision in the cache; its folder is named after the commit."""
+def _cached_folder(place: str) -> Path | None:
+    """The folder of the cache that holds a hub model's revision; it is named after the commit."""
     import huggingface_hub
 
-    found = huggingface_hub.try_to_load_from_cache(place, "config.json")
-    return Path(found) if isinstance(found, str) else None
+    config = huggingface_hub.try_to_load_from_cache(place, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _require_device(device: str) -> None:
@@ -318,8 +321,8 @@ def _require_unquantised(name: str, config: Any) -> None:
 def _fingerprint(place: str) -> str:
     folder = Path(place)
     if not folder.is_dir():
-        cached = _cached_config(place)
-        return f"{place}@{cached.parent.name if cached else 'unknown'}"
+        cached = _cached_folder(place)
+        return f"{place}@{cached.name if cached else 'unknown'}"
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
