@@ -286,7 +286,7 @@ def _source(place: str) -> str:
 
     try:
         huggingface_hub.HfApi().model_info(place, timeout=_ANSWER_S)
-    except Exception:
+    except Exception:  # errors of the hub have no common base, and after any of them the cache may hold the model
         folder = _cached_folder(place)
         if folder is None or not any(folder.glob("*.safetensors")):
             raise
