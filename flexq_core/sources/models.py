@@ -148,7 +148,7 @@ def load_model(
         raise ModelError(f"dtype is {dtype!r}; accepted: {', '.join(map(str, _DTYPES))}")
     folder = model_folder(name) if blocks_on_disk else None
     with _explained(name, place):
-        source = place if Path(place).is_dir() else _source(place)
+        source = str(folder) if folder else place if Path(place).is_dir() else _source(place)
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     _require_unquantised(name, config)
     with _explained(name, place):

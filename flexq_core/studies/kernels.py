@@ -42,9 +42,10 @@ from flexq_core.studies.kernels_compared import mean_speedups, wgmma_wins
 from flexq_core.studies.parameters import counts, names, require_at_least, require_between, whole_number
 from flexq_core.studies.timing import LEAST_CALLS, best_s, cold_bytes, cpu_times_us, machine_limits, warm_up
 from flexq_core.workbook import gpu_tables
-from flexq_core.workbook.machine import outputs_of, preemptions, provenance
-from flexq_core.workbook.records import Measurement, RecordError, Records, Skipped, load_records, write_atomically
-from flexq_core.workbook.run import Run, print_claims
+from flexq_core.workbook.command import exit_status, outputs_of, print_claims, writable_outputs
+from flexq_core.workbook.machine import preemptions, provenance
+from flexq_core.workbook.records import Measurement, Records, Skipped, load_records, write_atomically
+from flexq_core.workbook.run import Run
 
 Shape = tuple[int, int]
 """N × K: outputs and features of a linear layer."""
@@ -472,14 +473,7 @@ def write_auto_table(tables: dict[tuple[str, int], pd.DataFrame], path: Path = a
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; see `--help`. Returns the exit status."""
-    try:
-        return _measure(arguments)
-    except RecordError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; with --outputs the same command goes on from what is on record", file=sys.stderr)
-        return 130
+    return exit_status(lambda: _measure(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -518,8 +512,9 @@ def _measure(arguments: list[str] | None) -> int:
     options = vars(parser.parse_args(arguments))
     folder, write_table = options.pop("outputs"), options.pop("write_auto_table")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    place_of = outputs_of if write_table else writable_outputs
     try:
-        kept = outputs_of(folder, device) if folder else None
+        kept = place_of(folder, device) if folder else None
     except ValueError as error:
         parser.error(str(error))
     if write_table:

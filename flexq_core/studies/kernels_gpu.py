@@ -4,10 +4,10 @@ One harness for all methods. A layer's weights lie there in so many copies that 
 comes again; a graph holds one launch after the other, on the copies in turn, and a time is that of a replay divided by its
 launches. `gemm_us` is the product alone, its operands quantised beforehand; FlexQ's `median_us` is the whole layer, which
 quantises its activations as well; their graphs are replayed in turn, so that the difference is what that adds and not what
-the card's clock did in between. With few tokens so are two more: `norm_us` is RMSNorm by torch and the product alone,
-`norm_quantize_us` the same with the norm fused with quantisation, as a decoder block has it. Where a library takes only some
-numbers of rows, or is faster with more, each padding that it takes is timed and the fastest counts; `fewest_rows_us` is the
-time with the fewest rows.
+the card's clock did in between. With few tokens two more are, by themselves: `norm_us` is RMSNorm by torch and the product
+alone, `norm_quantize_us` the same with the norm fused with quantisation, as a decoder block has it. Where a library takes
+only some numbers of rows, or is faster with more, each padding that it takes is timed and the fastest counts;
+`fewest_rows_us` is the time with the fewest rows.
 """
 
 from __future__ import annotations
@@ -115,13 +115,13 @@ class GpuLayers:
         products = [product for product, _ in products]  # what they computed may fill gigabytes
         ways = [product.launch for product in products]
         if layer is not None:
-            ways += [*normed.values(), lambda copy: layer(x, copy)]
+            ways.append(lambda copy: layer(x, copy))
         found = self._times_us(ways, replays)
         if layer is not None:
             measured |= _quantiles("median_us p10_us p90_us", found.pop())
-        while normed:
-            metric, _ = normed.popitem()
-            measured[metric] = _median(found.pop())
+        if normed:  # in a pass of their own: more graphs in turn load the card so that the largest layers slow down
+            after_norm = self._times_us(list(normed.values()), replays)
+            measured |= {metric: _median(times) for metric, times in zip(normed, after_norm, strict=True)}
         timed = [(times, product.note) for times, product in zip(found, products, strict=True)]
         times, note = min(timed, key=lambda each: _median(each[0]).value)
         if len(timed) > 1:
@@ -262,18 +262,18 @@ class _FlexQ:
         """The layer after a norm: torch's beside the product of what was quantised before, and fused with quantisation."""
         exponent, eps = self._layer.weight_exponent, norm.eps
         records = cuda.rms_norm_quantize(x, norm.weight, eps, self._bits, self._backend)
-        out = x.new_empty(len(x), len(exponent))
-        arguments = (exponent, None, self._bits, self._backend, out)
+        arguments = (exponent, None, self._bits, self._backend)
+        out_apart, out_fused = (x.new_full((len(x), len(exponent)), torch.nan) for _ in range(2))
 
         def apart(chunks: Tensor) -> Tensor:
             F.rms_norm(x, x.shape[1:], norm.weight, eps)
-            return cuda.linear(records, len(x), chunks, *arguments)
+            return cuda.linear(records, len(x), chunks, *arguments, out_apart)
 
         def fused(chunks: Tensor) -> Tensor:
-            if self._backend == "imma" and cuda.takes_row(*x.shape, x.dtype, norm=True):
+            if self._layer.takes_norm(x):
                 return cuda.linear_of_row(x, chunks, exponent, None, self._bits, norm)[0]
             quantized = cuda.rms_norm_quantize(x, norm.weight, eps, self._bits, self._backend)
-            return cuda.linear(quantized, len(x), chunks, *arguments)
+            return cuda.linear(quantized, len(x), chunks, *arguments, out_fused)
 
         return {"norm_us": apart, "norm_quantize_us": fused}
 
@@ -343,7 +343,7 @@ class _TorchaoInt8:
         try:
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
         except ImportError as error:
-            raise Skipped(f"torchao cannot be imported ({error}); to time it: python -m pip install torchao") from None
+            raise Skipped(f"torchao cannot be imported ({error}): python -m pip install --upgrade torchao") from None
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight.bfloat16(), requires_grad=False)
         quantize_(linear, Int8WeightOnlyConfig())

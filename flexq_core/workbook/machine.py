@@ -10,7 +10,6 @@ import resource
 import subprocess
 from datetime import UTC, datetime
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from flexq_core.workbook import paths
@@ -56,21 +55,6 @@ def card_label(name: str) -> str:
     words = [word for word in re.split(r"[\s-]+", name.lower()) if word not in ("nvidia", "tesla", "geforce")]
     number = next((index for index, word in enumerate(words) if re.search(r"\d", word)), len(words))
     return "-".join(words[: number + 1])
-
-
-def outputs_of(folder: str, device: str) -> Path:
-    """An outputs folder, relative to the repository; `{card}` in it stands for the device's short name.
-
-    Raises ValueError for `{card}` on a processor.
-    """
-    if "{card}" in folder:
-        if not device.startswith("cuda"):
-            raise ValueError(
-                f"{folder} is named after a GPU, and torch finds none here: give --outputs a folder's name, or run it on a "
-                "machine with a GPU"
-            )
-        folder = folder.replace("{card}", card_label(provenance(device)["device"]))
-    return paths.ROOT / folder
 
 
 def _git(*arguments: str) -> str | None:

@@ -100,12 +100,6 @@ class Run:
             raise ClaimFailedError("; ".join(failed) or "the notebook made no claim")
 
 
-def print_claims(claims: Iterable[tuple[str, bool | None, str]]) -> None:
-    """Print what a study claims, as (claim, whether it holds, the numbers), for a command that records no claims."""
-    for text, holds, detail in claims:
-        print(f"{ {True: 'holds', False: 'FAILS', None: 'cannot tell'}[holds]:<12}{text} ({detail})")
-
-
 def start(study: str, namespace: Mapping[str, Any]) -> Run:
     """Check the notebook's parameters and begin its run.
 

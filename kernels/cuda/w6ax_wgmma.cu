@@ -38,7 +38,7 @@ namespace flexq {
 namespace {
 
 constexpr int kMostParts = 6;    // teams that share a tile, in as many blocks of a cluster or fewer
-constexpr int kLeastGroups = 8;  // of a block of a cluster
+constexpr int kLeastGroups = 8;  // of a block of a cluster, and of teams
 constexpr int kMostRecordTokens = 128;
 constexpr int kFileRegisters = 65536, kFetchRegisters = 24;  // of a multiprocessor; of a fetching thread
 constexpr int kMultiprocessorBytes = 228 * 1024, kBlockBytes = 2 * 1024;  // of shared memory; what a block takes besides its stages
@@ -46,12 +46,12 @@ constexpr int kMultiprocessorBytes = 228 * 1024, kBlockBytes = 2 * 1024;  // of 
 constexpr int whole_kib(int bytes) { return (bytes + 1023) / 1024 * 1024; }
 
 // kUnit: tokens that are multiplied at once; with 192 rows there are registers for no more than one unit's sums of a group.
-// kTeams: of kRows / 64 warpgroups, that take a block's groups in turn, each with stages of its own. Every team has a group to take, since
-// there are kLeastGroups for a block.
+// kTeams: of kRows / 64 warpgroups, that take a block's groups in turn, each with stages of its own.
 template <int kRows, int kTokens, int kUnit, int kStages, int kTeams>
 struct Shape {
   static constexpr int kRowWarps = kRows / 16, kReaders = kRowWarps * 32;  // of a team
   static constexpr int kWarps = kRowWarps * kTeams, kConsumers = kReaders * kTeams;
+  static_assert(kTeams <= kLeastGroups, "every team has a group to take");
   static constexpr int kChunks = kRows / kChunkRows;
   static constexpr int kRecordTokens = kTokens < kMostRecordTokens ? kTokens : kMostRecordTokens, kRecords = kTokens / kRecordTokens;
   static constexpr int kRecordBytes = activation_record_bytes(Order::swizzled, 8, kRecordTokens / kTokenTile);
@@ -73,7 +73,6 @@ struct Shape {
   static constexpr int kTurnedTokens = kTokens == 256 ? 64 : kTokens > 16 ? 32 : 16;  // that are stored at once, as there is room
   static constexpr int kTurnedBytes = kTurnedTokens * 16 * 2;  // of a warp: two bytes for each of its 16 outputs
   static constexpr int kTurnedAtOnce = kManyTiles ? kWarps * kTurnedBytes : 0;  // a block of one tile has its stages' room for them
-  static __device__ __forceinline__ int team_of(int warp) { return kTeams == 1 ? 0 : warp / kRowWarps; }
   static constexpr int kPieceBytes = 16 * 16 * 4;  // of sums that a cluster's blocks send each other, 16 outputs x 16 tokens
   static constexpr int kSharedBytes = kStages * (kStageBytes + 16) + kTurnedAtOnce + 1024;
   static_assert(kRows % 64 == 0, "whole warpgroups");
@@ -82,6 +81,8 @@ struct Shape {
   static_assert((kTokens / 16 * kWarps + kMostParts + kWarps / 2) * kPieceBytes <= kStages * kStageBytes, "pieces fit where stages were");
   static_assert(kWarps * kTurnedBytes <= kStages * kStageBytes, "and so does what is turned");
   static_assert(kEarlyStages * kTeams < kStages, "the first stages are filled in their first turn");
+
+  static __device__ __forceinline__ int team_of(int warp) { return kTeams == 1 ? 0 : warp / kRowWarps; }
 };
 
 // How the blocks of a grid share the tiles of a call: each takes `whole` ones, one after the other, and then clusters of `split` blocks
@@ -217,10 +218,10 @@ __device__ __forceinline__ void store_all(const Linear& p, const float (*sums)[k
 // To fetch what one adds up instead, and wait for it, took a microsecond more.
 //
 // Who sends has waited at the cluster's barrier for the fetching lanes, which arrive there when every copy into their stages is done.
-template <class Parts, int kTokens, int kUnit, int kTeams>
+template <class Parts, int kTokens, int kUnit>
 __device__ __forceinline__ void add_up_and_store(const Linear& p, const float (*sums)[kUnit / 2], uint8_t* shared, int first_output,
                                                  int first_token, int split, int rank) {
-  constexpr int kRowWarps = Parts::kRowWarps, kPieces = kTokens / 16 * kRowWarps;
+  constexpr int kRowWarps = Parts::kRowWarps, kTeams = Parts::kWarps / kRowWarps, kPieces = kTokens / 16 * kRowWarps;
   const auto cluster = cooperative_groups::this_cluster();
   cluster.barrier_arrive();  // this thread has left its stages
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, each = (kPieces + split - 1) / split;
@@ -455,13 +456,13 @@ __global__ void __launch_bounds__(Shape<kRows, kTokens, kUnit, kStages, kTeams>:
         if (turn == work.whole && work.halves) {
           add_groups(std::integral_constant<int, kUnits / 2>(), now.groups);
           const int first_of_half = first_token + now.half * (kTokens / 2);
-          add_up_and_store<Parts, kTokens / 2, kUnit, kTeams>(p, sums, shared, first_output, first_of_half, work.split, now.rank);
+          add_up_and_store<Parts, kTokens / 2, kUnit>(p, sums, shared, first_output, first_of_half, work.split, now.rank);
           break;
         }
       }
       add_groups(std::integral_constant<int, kUnits>(), now.groups);
       if (kTeams > 1 || (work.split > 1 && turn == work.whole)) {  // teams always have their sums to add up
-        add_up_and_store<Parts, kTokens, kUnit, kTeams>(p, sums, shared, first_output, first_token, work.split, now.rank);
+        add_up_and_store<Parts, kTokens, kUnit>(p, sums, shared, first_output, first_token, work.split, now.rank);
         break;
       }
       const int output = first_output + warp * 16;
@@ -488,13 +489,14 @@ struct Variant {
   static constexpr auto kKernel = w6ax_wgmma_kernel<kRows, kTokens, kUnit, kStages, kTeams>;
   // As long as so many groups takes all else of a tile that a block takes alone or shares with its cluster. With kGroupTime, times of the
   // paper's layers in every cluster that can run follow within 3%, those of small blocks within 16%, those of teams within 12%.
-  static constexpr float kAloneGroups = Parts::kManyTiles ? 4.2f : 6.5f;
+  static constexpr float kAloneGroups = Parts::kManyTiles ? 4.2f : 6.5f;  // of one team
   static constexpr float kSharedGroups =
       kTokens == 256 ? 7.7f : kTeams > 1 ? 16.0f : kRows == 192 ? 8.0f : Parts::kManyTiles ? 8.6f : 7.0f;
   static constexpr float kHalfTime = 0.59f;  // of a shared tile's, by halves
-  // Two teams are in clusters; three alone, where there are blocks for most multiprocessors, of long rows for nearly all: 7168 x 28672 with
-  // 64 tokens takes 7% longer so, in 112 blocks, and 6656 x 17920 in 104 blocks 4% less.
+  // Two teams are in clusters; three alone, where there are blocks for most multiprocessors (of 16 for so many), of long rows for nearly
+  // all: 7168 x 28672 with 64 tokens takes 7% longer so, in 112 blocks, and 6656 x 17920 in 104 blocks 4% less.
   static constexpr int kLeastSplit = kTeams == 2 ? 2 : 1, kMostSplit = kTeams == 3 ? 1 : kMostParts / kTeams;
+  static constexpr int kLongGroups = 160, kMostOf16 = 12, kNearlyAllOf16 = 15;
 
   static int token_tiles(const Linear& p) { return (p.tokens + kTokens - 1) / kTokens; }
   static int tiles(const Linear& p) { return (p.outputs + kRows - 1) / kRows * token_tiles(p); }
@@ -515,7 +517,8 @@ struct Variant {
       const int at_once = clusters(split), count = tiles(p);
       if (at_once == 0) break;
       const int rounds = (count + at_once - 1) / at_once;
-      if (split < kLeastSplit || (kTeams == 3 && 16 * count < (p.groups > 160 ? 15 : 12) * at_once)) continue;
+      const int least_of_16 = p.groups > kLongGroups ? kNearlyAllOf16 : kMostOf16;
+      if (split < kLeastSplit || (kTeams == 3 && 16 * count < least_of_16 * at_once)) continue;
       if (kTeams == 1 && split == 1) {
         consider(1, Parts::kManyTiles ? rounds : 0, false, rounds * alone);
         continue;

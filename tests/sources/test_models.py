@@ -125,6 +125,14 @@ def test_a_model_in_the_cache_needs_no_hub_and_is_told_by_its_commit(tmp_path):
     assert done.stdout.split() == ["facebook/opt-125m@0123456789abcdef", str(tokens)], done.stderr
 
 
+def test_a_model_whose_blocks_stay_on_disk_asks_the_hub_once(monkeypatch):
+    asked = mock.Mock()
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", asked)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(demo.demo_path("demo-opt")))
+    assert load_model("opt-125m", blocks_on_disk=True).load_block is not None
+    asked.assert_called_once_with("facebook/opt-125m", timeout=10)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

@@ -304,6 +304,10 @@ def test_the_command_line_times_and_keeps_no_record(capsys, monkeypatch, tmp_pat
     with pytest.raises(SystemExit):
         kernels.main(["--activation-bits", "5"])
     assert "choose from 6, 7, 8" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        kernels.main([*arguments, "--outputs", str(tmp_path / "file")])
+    assert "file cannot be written: Not a directory" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         kernels.main(["--shapes", "64"])
     assert "shapes holds '64'; accepted" in capsys.readouterr().err
@@ -362,6 +366,7 @@ def card(monkeypatch):
 
     def prepare(layer):
         scales[layer.backend] = layer.weight_scale, layer.weight_exponent
+        layer._takes_rows = layer.backend == "imma"
         return layer.backend, layer.weight
 
     def replayed(ways, replays):
@@ -949,7 +954,7 @@ def test_a_product_and_its_layer_are_replayed_in_turn(graphs):
     assert product.tolist() == [5000.0] * 4 and layer.tolist() == [6000.0] * 4
 
 
-def test_a_layer_is_timed_in_one_pass_with_its_product(card, monkeypatch):
+def test_a_layer_is_timed_in_one_pass_with_its_product_and_after_a_norm_in_another(card, monkeypatch):
     passes = []
     monkeypatch.setattr(
         kernels_gpu,
@@ -959,23 +964,40 @@ def test_a_layer_is_timed_in_one_pass_with_its_product(card, monkeypatch):
     layers = kernels_gpu.GpuLayers((64, 256), "imma", 6, "cuda", 0)
     found = layers.measure(torch.randn(kernels_gpu.NORMED_TOKENS, 256), 1, 0.06)
     order = ("gemm_us", "norm_us", "norm_quantize_us", "median_us")
-    assert [found[metric].value for metric in order] == [1, 2, 3, 4] and len(passes) == 1
+    assert [found[metric].value for metric in order] == [1, 1, 2, 2] and [len(ways) for ways in passes] == [2, 2]
     many = layers.measure(torch.randn(kernels_gpu.NORMED_TOKENS + 1, 256), 1, 0.06)
     assert (many["gemm_us"].value, many["median_us"].value) == (1, 2) and "norm_us" not in many
     monkeypatch.setattr(kernels_gpu.cuda, "MOST_NORM_FEATURES", 255)
     assert "norm_us" not in layers.measure(torch.randn(5, 256), 1, 0.06)
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_a_layer_that_is_wrong_after_a_norm_is_not_timed(card, tokens, monkeypatch):
+def wrong_row(row):
+    return lambda *operands: (row(*operands)[0] * 1.1, None)
+
+
+def no_norm(_):
+    return lambda x, *_: x
+
+
+def nothing_after_the_first_two(linear):
+    """Those are the product alone and after torch's norm; the third is fused, and what it was to write stays as it was."""
+    calls = itertools.count(1)
+    return lambda *operands: linear(*operands) if next(calls) < 3 else operands[-1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kernel", "wrong", "metric"),
+    [
+        (1, "linear_of_row", wrong_row, "norm_quantize_us"),
+        (5, "rms_norm_quantize", no_norm, "norm_us"),
+        (5, "linear", nothing_after_the_first_two, "norm_quantize_us"),
+    ],
+)
+def test_a_layer_that_is_wrong_after_a_norm_is_not_timed(card, tokens, kernel, wrong, metric, monkeypatch):
     monkeypatch.setattr(kernels_gpu, "replayed_us", lambda *_: pytest.fail("timed"))
     layers = kernels_gpu.GpuLayers((64, 256), "imma", 6, "cuda", 0)
-    if tokens == 1:
-        right = kernels_gpu.cuda.linear_of_row
-        monkeypatch.setattr(kernels_gpu.cuda, "linear_of_row", lambda *a: (right(*a)[0] * 1.1, None))
-    else:
-        monkeypatch.setattr(kernels_gpu.cuda, "rms_norm_quantize", lambda x, *_: x)  # not multiplied by the weight
-    with pytest.raises(RuntimeError, match=rf"wrong at 64x256, {tokens} tokens: .* against float32, for norm_"):
+    monkeypatch.setattr(kernels_gpu.cuda, kernel, wrong(getattr(kernels_gpu.cuda, kernel)))
+    with pytest.raises(RuntimeError, match=rf"at 64x256, {tokens} tokens: .* against float32, for {metric}, bound"):
         layers.measure(torch.randn(tokens, 256), 1, 0.06)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flexq_core.workbook import machine, paths
+from flexq_core.workbook import machine
 
 
 @pytest.mark.parametrize(
@@ -19,14 +19,5 @@ from flexq_core.workbook import machine, paths
         ("NVIDIA TITAN Xp", "titan-xp"),
     ],
 )
-def test_a_cards_folder_has_its_short_name(name, label, monkeypatch):
+def test_a_card_has_a_short_name(name, label):
     assert machine.card_label(name) == label
-    monkeypatch.setattr(machine, "provenance", lambda device: {"device": name})
-    assert machine.outputs_of("outputs/reference/{card}", "cuda") == paths.REFERENCE / label
-
-
-def test_a_processor_has_no_folder_of_a_card():
-    assert machine.outputs_of("outputs/mine", "cpu") == paths.ROOT / "outputs" / "mine"
-    told = r"outputs/\{card\} is named after a GPU, and torch finds none here: give --outputs a folder's name, or run it on"
-    with pytest.raises(ValueError, match=told):
-        machine.outputs_of("outputs/{card}", "cpu")

@@ -19,9 +19,9 @@ from flexq_core.studies.e2e.decode import COMPILE_MODES
 from flexq_core.studies.e2e.parallel import ParallelStudy
 from flexq_core.studies.e2e_compared import plot_latency, plot_memory, plot_step, published_note
 from flexq_core.studies.parameters import whole_number
-from flexq_core.workbook.machine import outputs_of
-from flexq_core.workbook.records import RecordError, Records
-from flexq_core.workbook.run import Run, print_claims
+from flexq_core.workbook.command import exit_status, print_claims, writable_outputs
+from flexq_core.workbook.records import Records
+from flexq_core.workbook.run import Run
 
 STUDY = "04_e2e"
 
@@ -29,15 +29,12 @@ STUDY = "04_e2e"
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; returns the process's exit status. torchrun calls it once a process: see parallel.py."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+
+    def measure() -> int:
         with processes.joined(device):
             return _measure(arguments, device)
-    except RecordError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; with --outputs the same command goes on from what is on record", file=sys.stderr)
-        return 130
+
+    return exit_status(measure)
 
 
 def _measure(arguments: list[str] | None, device: str) -> int:
@@ -77,14 +74,9 @@ def _measure(arguments: list[str] | None, device: str) -> int:
     sizes = list(itertools.product(options.pop("batch_size"), options.pop("prompt_tokens")))
     alone = processes.count() == 1
     try:
-        kept = outputs_of(folder, device) if folder else None
-        if kept:  # what cannot be kept is said before anything is measured
-            (kept / "records").mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=kept / "records").close()
+        kept = writable_outputs(folder, device) if folder else None
     except ValueError as error:
         parser.error(str(error))
-    except OSError as error:
-        parser.error(f"--outputs {folder} cannot be written: {error.strerror or error}")
     with tempfile.TemporaryDirectory() as temporary:
         place = kept or Path(temporary)
         records = (Records if alone else processes.SharedRecords)(STUDY, place, device)
