@@ -85,7 +85,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     Linear linear{};
     linear.tokens = tokens, linear.outputs = outputs, linear.groups = groups;
     const Tiling tiling = w6ax_wgmma_tiling(linear, token_tiles);
-    return std::make_tuple(tiling.rows, tiling.tokens, tiling.split, tiling.whole, tiling.halves);
+    return std::make_tuple(tiling.rows, tiling.teams, tiling.tokens, tiling.split, tiling.whole, tiling.halves);
   });
   module.def("linear_of_row", &bind_linear_of_row);
   module.def("rms_norm_quantize", &bind_norm<rms_norm_quantize>);

@@ -34,10 +34,10 @@ bool w6ax_imma_row(const Linear& linear, const Row& row, cudaStream_t stream);
 void w6ax_wgmma(const Linear& linear, int token_tiles, cudaStream_t stream);
 
 // What w6ax_wgmma does for this many tokens, outputs and groups on the current card, for tests of each of its forms: tiles of so many
-// outputs and tokens, how many blocks share the groups of one, how many tiles each block takes whole before, and whether those that are
-// shared are taken by halves.
+// outputs, a block's teams for one, its tokens, how many blocks share the groups of one, how many tiles each block takes whole before, and
+// whether those that are shared are taken by halves.
 struct Tiling {
-  int rows, tokens, split, whole;
+  int rows, teams, tokens, split, whole;
   bool halves;
 };
 Tiling w6ax_wgmma_tiling(const Linear& linear, int token_tiles);

@@ -21,8 +21,9 @@
 // outputs that exchange is felt, and what clusters leave idle: an H200 runs 30 of four blocks at once, or 39 of three, but 66 of two. So
 // two teams share up to 4224 outputs in pairs: 4096 x 4096 with 64 tokens takes 7.2 us, of which the weights' bytes are 3.0, and took 8.2
 // in clusters of three. Of tiles of 64 for most multiprocessors three teams take one alone, and exchange in their block: 8192 x 8192
-// takes 15.6 us, and took 17.8 in pairs. Fewer blocks alone are bound by what one takes in, some 80 GB/s. Tried for the exchange:
-// sums sent without meeting before (st.async into room of their own), 1% of the time.
+// takes 15.6 us, and took 17.8 in pairs. Fewer blocks alone are bound by what one takes in, some 80 GB/s. Of up to two tiles of 64 for a
+// multiprocessor two teams take one alone in half of its shared memory: 13824 x 5120 takes 16.9 us, and took 19.2 in pairs of 128. Tried
+// for the exchange: sums sent without meeting before (st.async into room of their own), 1% of the time.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -490,13 +491,20 @@ struct Variant {
   // As long as so many groups takes all else of a tile that a block takes alone or shares with its cluster. With kGroupTime, times of the
   // paper's layers in every cluster that can run follow within 3%, those of small blocks within 16%, those of teams within 12%.
   static constexpr float kAloneGroups = Parts::kManyTiles ? 4.2f : 6.5f;  // of one team
-  static constexpr float kSharedGroups =
-      kTokens == 256 ? 7.7f : kTeams > 1 ? 16.0f : kRows == 192 ? 8.0f : Parts::kManyTiles ? 8.6f : 7.0f;
+  static constexpr bool kSmallTeams = kTeams > 1 && Parts::kBlocksAtOnce == 2;
+  static constexpr float kSharedGroups = kTokens == 256      ? 7.7f
+                                         : kSmallTeams       ? 7.6f
+                                         : kTeams > 1        ? 16.0f
+                                         : kRows == 192      ? 8.0f
+                                         : Parts::kManyTiles ? 8.6f
+                                                             : 7.0f;
   static constexpr float kHalfTime = 0.59f;  // of a shared tile's, by halves
-  // Two teams are in clusters; three alone, where there are blocks for most multiprocessors (of 16 for so many), of long rows for nearly
-  // all: 7168 x 28672 with 64 tokens takes 7% longer so, in 112 blocks, and 6656 x 17920 in 104 blocks 4% less.
-  static constexpr int kLeastSplit = kTeams == 2 ? 2 : 1, kMostSplit = kTeams == 3 ? 1 : kMostParts / kTeams;
-  static constexpr int kLongGroups = 160, kMostOf16 = 12, kNearlyAllOf16 = 15;
+  // Two teams are in clusters, or alone in small blocks; three alone, where there are blocks for half of the multiprocessors, and the more
+  // the longer the rows, of kAllGroups for all: with 64 tokens 7168 x 28672 takes 7% longer so, in 112 blocks, 6656 x 17920 in 104 blocks
+  // 4% less, 5120 x 13824 in 80 blocks 13% longer, and 5120 x 5120 3% less.
+  static constexpr bool kAlone = kTeams == 3 || kSmallTeams;
+  static constexpr int kLeastSplit = kTeams > 1 && !kAlone ? 2 : 1, kMostSplit = kAlone ? 1 : kMostParts / kTeams;
+  static constexpr float kAllGroups = 320;
 
   static int token_tiles(const Linear& p) { return (p.tokens + kTokens - 1) / kTokens; }
   static int tiles(const Linear& p) { return (p.outputs + kRows - 1) / kRows * token_tiles(p); }
@@ -510,15 +518,14 @@ struct Variant {
     const float alone = kGroupTime * (p.groups + kAloneGroups);
     Plan best{};
     const auto consider = [&](int split, int whole, bool halves, float time) {
-      if (best.time == 0.0f || time < best.time) best = {{kRows, kTokens, split, whole, halves}, time, run};
+      if (best.time == 0.0f || time < best.time) best = {{kRows, kTeams, kTokens, split, whole, halves}, time, run};
     };
     // Alone first: whether a block fits the card is asked there, once for all.
     for (int split = 1; split <= kMostSplit && ((kTeams == 1 && split == 1) || p.groups >= kLeastGroups * split); ++split) {
       const int at_once = clusters(split), count = tiles(p);
       if (at_once == 0) break;
       const int rounds = (count + at_once - 1) / at_once;
-      const int least_of_16 = p.groups > kLongGroups ? kNearlyAllOf16 : kMostOf16;
-      if (split < kLeastSplit || (kTeams == 3 && 16 * count < least_of_16 * at_once)) continue;
+      if (split < kLeastSplit || (kTeams == 3 && 2 * count < (1 + p.groups / kAllGroups) * at_once)) continue;
       if (kTeams == 1 && split == 1) {
         consider(1, Parts::kManyTiles ? rounds : 0, false, rounds * alone);
         continue;
@@ -559,11 +566,11 @@ Plan fastest(const Linear& p, int token_tiles) {
   switch (token_tiles) {  // with few tokens small blocks, two at once, or a large one, which takes many tiles
     case 2: return fastest_of<Variant<128, 16, 16, 5, 570>, Variant<128, 16, 16, 14, 345>>(p);
     case 4:
-      return fastest_of<Variant<64, 32, 32, 18, 190, 2>, Variant<64, 32, 32, 18, 160, 3>, Variant<128, 32, 32, 5, 590>,
-                        Variant<128, 32, 32, 12, 380>>(p);
+      return fastest_of<Variant<64, 32, 32, 8, 320, 2>, Variant<64, 32, 32, 18, 190, 2>, Variant<64, 32, 32, 18, 160, 3>,
+                        Variant<128, 32, 32, 5, 590>, Variant<128, 32, 32, 12, 380>>(p);
     case 8:
-      return fastest_of<Variant<64, 64, 64, 14, 210, 2>, Variant<64, 64, 64, 12, 185, 3>, Variant<128, 64, 64, 5, 710>,
-                        Variant<128, 64, 64, 10, 445>, Variant<192, 64, 64, 7, 580>>(p);
+      return fastest_of<Variant<64, 64, 64, 6, 350, 2>, Variant<64, 64, 64, 14, 210, 2>, Variant<64, 64, 64, 12, 185, 3>,
+                        Variant<128, 64, 64, 5, 710>, Variant<128, 64, 64, 10, 445>, Variant<192, 64, 64, 7, 580>>(p);
     case 16:  // larger tiles read less, smaller ones are sooner done where there are few
       return fastest_of<Variant<64, 128, 128, 8, 320, 2>, Variant<64, 128, 64, 6, 290, 3>, Variant<128, 128, 128, 7, 650>,
                         Variant<128, 256, 64, 4, 1050>, Variant<192, 128, 64, 6, 850>>(p);

@@ -24,13 +24,13 @@ def equals_the_float64_oracle(linear, generator, tokens, outputs, features, acti
     assert np.abs(y.numpy() - truth).max() <= bound
 
 
-def exact_layer(outputs, features, bits=6, seed=0):
+def exact_layer(outputs, features, bits=6, seed=0, device="cpu"):
     """Random codes with power-of-two scales: every product and sum is exact in float32."""
     padded = -(-features // 128) * 128
-    most, generator = 2 ** (bits - 1), torch.Generator().manual_seed(seed)
-    codes = torch.randint(-most, most, (outputs, padded), dtype=torch.int8, generator=generator)
-    scales = torch.full((outputs, padded // 128), 0.25, dtype=torch.float16)
-    return codes, scales, torch.zeros(outputs, dtype=torch.int8)
+    most, generator = 2 ** (bits - 1), torch.Generator(device).manual_seed(seed)
+    codes = torch.randint(-most, most, (outputs, padded), dtype=torch.int8, generator=generator, device=device)
+    scales = torch.full((outputs, padded // 128), 0.25, dtype=torch.float16, device=device)
+    return codes, scales, torch.zeros(outputs, dtype=torch.int8, device=device)
 
 
 def returns_every_code_bit_for_bit(linear, tokens, activation_bits, weight_bits=6):
@@ -50,10 +50,10 @@ def gives_integers_for_integers(linear, tokens, activation_bits=8, weight_bits=6
     assert torch.equal(y.double(), x.double() @ codes.double().T / 4)
 
 
-def integers(tokens, features, activation_bits):
+def integers(tokens, features, activation_bits, device="cpu"):
     """[tokens, features] float32, their own codes: every group has the largest of them, so that its scale is one."""
-    generator, top = torch.Generator().manual_seed(1), 2 ** (activation_bits - 1) - 1
-    x = torch.randint(-top, top + 1, (tokens, features), generator=generator).float()
+    generator, top = torch.Generator(device).manual_seed(1), 2 ** (activation_bits - 1) - 1
+    x = torch.randint(-top, top + 1, (tokens, features), generator=generator, device=device).float()
     x[:, ::128] = top
     return x
 
@@ -61,13 +61,13 @@ def integers(tokens, features, activation_bits):
 def integers_and_bias(tokens, features, outputs, device="cpu"):
     """(x, packed, scales, exponents), sums and bias on a device, the latter two float32: for activations of 8 bits.
 
-    Sums are integers times powers of two, exact in float32: adding the bias, of whatever type, rounds once.
+    Sums are integers times powers of two, exact in float32: adding the bias, of whatever type, rounds once. All of it is made
+    on the device: a processor takes seconds for the largest.
     """
-    codes, scales, _ = exact_layer(outputs, features)
-    x, generator = integers(tokens, features, 8), torch.Generator().manual_seed(2)
-    exponents = torch.randint(-6, 1, (outputs,), generator=generator, dtype=torch.int8)
-    bias = torch.randn(outputs, generator=generator) * 100
-    x, codes, scales, exponents, bias = (each.to(device) for each in (x, codes, scales, exponents, bias))
+    codes, scales, _ = exact_layer(outputs, features, device=device)
+    x, generator = integers(tokens, features, 8, device), torch.Generator(device).manual_seed(2)
+    exponents = torch.randint(-6, 1, (outputs,), generator=generator, dtype=torch.int8, device=device)
+    bias = torch.randn(outputs, generator=generator, device=device) * 100
     sums = x.double() @ codes[:, :features].double().T * torch.exp2(exponents.double() - 2)
     return (x, pack_codes(codes, 6), scales, exponents), sums.float(), bias
 
