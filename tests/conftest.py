@@ -11,6 +11,8 @@ pytest.register_assert_rewrite("tests.kernels.exactness", "tests.kernels.overlap
 hypothesis.settings.register_profile("untimed", deadline=None)  # on a busy machine everything takes longer
 hypothesis.settings.load_profile("untimed")
 
+torch.set_num_threads(min(torch.get_num_threads(), 8))  # what is tested is small: more threads wait for each other
+
 
 def pytest_collection_modifyitems(items):
     """Tests that want a GPU are skipped, visibly, where there is none."""
