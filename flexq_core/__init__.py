@@ -3,7 +3,7 @@
     quant      the number format: quantise, pack, precision plans      (torch only, no I/O)
     runtime    the op, its backends, the module, model conversion      (uses quant)
     sources    models, texts, tasks and the demo models                (what comes in)
-    studies    one file per notebook: what is measured, and how        (uses runtime and sources)
+    studies    what a notebook or command measures, and how            (uses runtime and sources)
     workbook   parameters, records, figures, report                    (used by notebooks and studies)
 
 Importing this package compiles nothing, downloads nothing and does not import transformers.

@@ -249,8 +249,8 @@ def _told(value: float, name: str, bar: float) -> str:
 
 def _speed_claim(measured: pd.DataFrame) -> tuple[str, bool | None, str]:
     text = (
-        "with AMX or AVX-512 VNNI, for 1 token, FlexQ's CPU kernel takes no longer than torch's dynamic INT8 on its best engine "
-        f"(geometric mean over shapes at most {AT_MOST_OVER_INT8} of it)"
+        "with AMX or AVX-512's VNNI and VBMI, for 1 token, FlexQ's CPU kernel takes no longer than torch's dynamic INT8 on its "
+        f"best engine (geometric mean over shapes at most {AT_MOST_OVER_INT8} of it)"
     )
     one = measured[measured["tokens"] == 1].pivot_table(
         index=["outputs", "features"], columns="method", values="median_us", sort=False

@@ -221,5 +221,5 @@ def _codes_lost(model: nn.Module, quantised: nn.Module) -> int:
         layer = quantised.get_submodule(name)
         bits = layer.precision.weight_bits
         codes = quantize_weight(linear.weight.detach(), bits=bits, group_size=layer.group_size).codes
-        lost += int((unpack_codes(layer.weight, bits) != codes).sum())
+        lost += int((unpack_codes(layer.canonical()[0], bits) != codes).sum())
     return lost

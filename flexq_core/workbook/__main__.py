@@ -85,13 +85,8 @@ def _demo(_: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from flexq_core.sources.models import ModelError, locate_model
-
     places = _from_here({"model": options.model, "data_dir": options.data_dir})
-    try:
-        locate_model(places["model"])
-    except ModelError as error:
-        raise ParameterError(str(error)) from error
+    _require_model(places["model"])
     print(f"Notebooks on {options.model}; what is on record is not computed again.")
     without = lacking(**places)
     if without:
@@ -158,7 +153,7 @@ def _from_here(parameters: dict[str, Any]) -> dict[str, Any]:
     """What lies where the command was given, by its whole path: notebooks run in their own folder.
 
     A model is a folder where it is written as a path (./mine): a bare name is a model's.
-    Raises ParameterError for a data_dir that is none.
+    Raises ParameterError for what is not there.
     """
     found = dict(parameters)
     for name, is_there in _PLACES.items():
@@ -168,9 +163,23 @@ def _from_here(parameters: dict[str, Any]) -> dict[str, Any]:
         place = Path(value).expanduser()
         if is_there(place):
             found[name] = str(place.resolve())
-        elif name == "data_dir":
-            raise ParameterError(f"data_dir is {value!r}; accepted: a folder that exists")
+        elif name in ("data_dir", "records"):
+            raise ParameterError(f"{name} is {value!r}; accepted: a folder that exists")
+        elif name == "plan" and place.suffix == ".json":
+            raise ParameterError(f"plan is {value!r}; accepted: a file that exists, or a plan's name")
+        elif name == "model":
+            _require_model(value)
     return found
+
+
+def _require_model(name: str) -> None:
+    """Raise ParameterError for what no model is called; nothing is loaded."""
+    from flexq_core.sources.models import ModelError, locate_model
+
+    try:
+        locate_model(name)
+    except ModelError as error:
+        raise ParameterError(str(error)) from error
 
 
 def _value(text: str) -> Any:

@@ -125,7 +125,7 @@ FLEXQ_AVX2 inline void rows_of(const Problem& p, int64_t begin, int64_t end) {
   const uint8_t* packed = p.packed(begin, 0);
   for (int64_t n = begin; n < end; ++n) {
     for (int64_t g = 0; g < p.groups; ++g) {
-      const float sw = half_to_float(p.scale[n * p.groups + g]);
+      const float sw = _cvtsh_ss(p.scale[n * p.groups + g]);
       for (int m = 0; m < Tokens; ++m) scales[g * Tokens + m] = p.scales[g * Tokens + m] * sw;
     }
     __m256 sums[Tokens];
@@ -181,7 +181,7 @@ FLEXQ_AVX2 inline void tiles(const Problem& p, int64_t begin, int64_t end, int64
           }
         const float* sx = p.scales + g * p.padded_tokens + m0;
         for (int r = 0; r < count; ++r) {
-          const __m256 sw = _mm256_set1_ps(half_to_float(p.scale[(n0 + r) * p.groups + g]));
+          const __m256 sw = _mm256_set1_ps(_cvtsh_ss(p.scale[(n0 + r) * p.groups + g]));
           for (int h = 0; h < 2; ++h)
             sums[r][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(inner[r][h]), _mm256_mul_ps(sw, _mm256_load_ps(sx + 8 * h)), sums[r][h]);
         }

@@ -94,8 +94,7 @@ FLEXQ_AVX512 inline void store_sums(const Problem& p, int64_t n0, int64_t end, i
   for (int64_t m = 0; m < tokens && m0 + m < p.tokens; m += 4)
     for (int64_t n = n0; n < end; n += kTile) {
       const __mmask16 valid = end - n >= kTile ? 0xffff : __mmask16((1 << (end - n)) - 1);
-      const __m512i exponent = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(valid, p.exponent + n));
-      const __m512 factor = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(exponent, _mm512_set1_epi32(127)), 23));
+      const __m512 exponent = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(valid, p.exponent + n)));
       const __m512 bias = p.bias ? _mm512_maskz_loadu_ps(valid, p.bias + n) : _mm512_setzero_ps();
       __m512 quarters[4];
       for (int i = 0; i < 4; ++i) {
@@ -109,7 +108,7 @@ FLEXQ_AVX512 inline void store_sums(const Problem& p, int64_t n0, int64_t end, i
       const __m512 columns[4] = {_mm512_shuffle_ps(low, low2, 0x44), _mm512_shuffle_ps(low, low2, 0xee),
                                  _mm512_shuffle_ps(high, high2, 0x44), _mm512_shuffle_ps(high, high2, 0xee)};
       for (int i = 0; i < 4 && m0 + m + i < p.tokens; ++i)
-        _mm512_mask_storeu_ps(p.y + (m0 + m + i) * p.outputs + n, valid, _mm512_add_ps(_mm512_mul_ps(columns[i], factor), bias));
+        _mm512_mask_storeu_ps(p.y + (m0 + m + i) * p.outputs + n, valid, _mm512_add_ps(_mm512_scalef_ps(columns[i], exponent), bias));
     }
 }
 

@@ -13,6 +13,16 @@ inline void expand(const uint8_t* packed, Code* codes) {
   }
 }
 
+// Any float16: a subnormal one counts units of 2^-24, and of infinity and NaN the exponent stays the largest.
+inline float half_to_float(uint16_t bits) {
+  const uint32_t sign = uint32_t(bits >> 15) << 31, exponent = bits >> 10 & 31, fraction = bits & 0x3ff;
+  if (exponent == 0) return (sign ? -0x1p-24f : 0x1p-24f) * float(fraction);
+  const uint32_t wide = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
 inline int64_t quantize(const Problem& p, int64_t token) { return quantize_token(p, token); }
 
 inline void rows(const Problem& p, int64_t begin, int64_t end) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 namespace flexq {
 
@@ -21,7 +22,7 @@ constexpr int kFewTokens = 8;                   // up to here weights are used s
 struct Problem {
   const float* x;           // [tokens, features]
   const uint8_t* weight;    // [outputs, groups * 96], canonical packing
-  const uint16_t* scale;    // [outputs, groups], float16 bits, normal or zero
+  const uint16_t* scale;    // [outputs, groups], float16 bits
   const int8_t* exponent;   // [outputs]
   const float* bias;        // [outputs] or null
   float* y;                 // [tokens, outputs]
@@ -55,16 +56,8 @@ struct Path {
   void (*tiles)(const Problem&, int64_t begin, int64_t end, int64_t next);
 };
 
-// The stored scales are never subnormal, infinite or NaN (flexq_core/quant/quantize.py), so that moving the exponent is enough.
-inline float half_to_float(uint16_t bits) {
-  const uint32_t wide = bits == 0 ? 0u : (uint32_t(bits & 0x7fff) << 13) + (112u << 23);
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-
 inline float power_of_two(int8_t exponent) {
-  const uint32_t wide = uint32_t(exponent + 127) << 23;  // exponent is in [-126, 127]
+  const uint32_t wide = exponent >= -126 ? uint32_t(exponent + 127) << 23 : 1u << (exponent + 149);  // the last two are subnormal
   float value;
   std::memcpy(&value, &wide, sizeof value);
   return value;
@@ -85,7 +78,7 @@ class Scratch {
       std::free(memory_);
       memory_ = std::aligned_alloc(64, bytes);
       bytes_ = memory_ ? bytes : 0;
-      if (!memory_) throw static_cast<const char*>("out of memory");
+      if (!memory_) throw std::bad_alloc();
     }
     return static_cast<T*>(memory_);
   }

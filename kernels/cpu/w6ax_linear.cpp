@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -64,15 +65,21 @@ int64_t run(Problem p, const Path& path, int threads) {
   const int64_t share = std::max<int64_t>(kTile, (p.outputs / (threads * 8) + kTile - 1) / kTile * kTile);
   const int64_t chunk = p.few() ? share : std::min<int64_t>(share, 128);
   std::atomic<int64_t> claimed{0};
+  std::atomic<bool> out_of_memory{false};  // an exception may not leave the threads' region
 #pragma omp parallel num_threads(threads) if (p.outputs * p.groups > 512)
-  for (int64_t first = claimed.fetch_add(chunk), next; first < p.outputs; first = next) {
-    next = claimed.fetch_add(chunk);
-    const int64_t end = std::min(first + chunk, p.outputs);
-    if (p.few())
-      path.rows(p, first, end);
-    else
-      path.tiles(p, first, end, next);
+  try {
+    for (int64_t first = claimed.fetch_add(chunk), next; first < p.outputs; first = next) {
+      next = claimed.fetch_add(chunk);
+      const int64_t end = std::min(first + chunk, p.outputs);
+      if (p.few())
+        path.rows(p, first, end);
+      else
+        path.tiles(p, first, end, next);
+    }
+  } catch (const std::bad_alloc&) {
+    out_of_memory = true;
   }
+  if (out_of_memory) throw std::bad_alloc();
   return -1;
 }
 

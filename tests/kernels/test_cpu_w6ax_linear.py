@@ -1,5 +1,7 @@
 """The CPU kernel on every instruction set of this machine: exact, complete, and awake to a wrong bit."""
 
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 from flexq_core.quant import pack_codes, quantize_weight
 from flexq_core.runtime import build, cpu
+from flexq_core.workbook import paths
 from tests.kernels import exactness
 
 AVAILABLE, REASON = build.cpu_kernel_available()
@@ -69,6 +72,55 @@ def test_the_least_codes_of_both_sides_multiply_exactly(isa, tokens):
     scales, exponents = torch.ones(17, 2, dtype=torch.float16), torch.zeros(17, dtype=torch.int8)
     y = linear(x, packed, scales, exponents, None, 8, isa)
     assert torch.equal(y, torch.full((tokens, 17), 128 * 32 * 256 * least))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_every_scale_and_exponent_counts_as_the_numbers_that_they_are(isa, tokens):
+    """Codes and activations of one: an output is its scale times 256 times a power of two, exact but for the last ones."""
+    scales = torch.tensor(
+        [1.0, -1.0, 0.0, -0.0, 2.0**-24, -(2.0**-24), 1023 * 2.0**-24, 2.0**-14, 65504.0], dtype=torch.float16
+    )
+    for exponent in (0, 3, -126, -127, -128):
+        exponents = torch.full((len(scales),), exponent, dtype=torch.int8)
+        packed = pack_codes(torch.ones(len(scales), 256, dtype=torch.int8), 6)
+        y = linear(torch.ones(tokens, 256), packed, scales[:, None].repeat(1, 2), exponents, None, 2, isa)
+        right = (scales.double() * 256 * 2.0**exponent).float()
+        assert torch.equal(y, right.expand(tokens, -1)), exponent
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [3, 20])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_no_number_shows(isa, tokens, scale):
+    scales = torch.tensor([[1.0], [scale]], dtype=torch.float16)
+    packed, exponents = pack_codes(torch.ones(2, 128, dtype=torch.int8), 6), torch.zeros(2, dtype=torch.int8)
+    y = cpu.w6ax_linear(torch.ones(tokens, 128), packed, scales, exponents, None, 8, isa=isa)
+    assert y[:, 0].isfinite().all() and all(str(value) == str(scale) for value in y[:, 1].tolist())
+
+
+def test_too_little_memory_is_an_error_and_not_the_end():
+    """In another process: it takes all memory but some."""
+    run = """
+import resource, torch
+from flexq_core.quant import pack_codes
+from flexq_core.runtime import cpu
+codes, scales, exponents = torch.ones(64, 8192, dtype=torch.int8), torch.ones(64, 64).half(), torch.zeros(64, dtype=torch.int8)
+operands = (pack_codes(codes, 6), scales, exponents, None, 8)
+x, out = torch.ones(8192, 8192), torch.empty(8192, 64)
+cpu.w6ax_linear(x[:64], *operands, out=out[:64])
+pages = int(open("/proc/self/statm").read().split()[0])
+before = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**24, before[1]))
+try:
+    cpu.w6ax_linear(x, *operands, out=out)
+except MemoryError:
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    assert torch.equal(cpu.w6ax_linear(x, *operands, out=out), torch.full((8192, 64), 8192.0))
+    print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", run], cwd=paths.ROOT, capture_output=True, text=True, timeout=200)
+    assert done.stdout == "refused\n", done.stderr
 
 
 @pytest.mark.parametrize("isa", ISAS)

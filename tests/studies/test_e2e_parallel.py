@@ -15,6 +15,7 @@ import flexq_core
 from flexq_core.quant.layers import linear_layers
 from flexq_core.quant.plan import PrecisionPlan
 from flexq_core.runtime.quantize_files import quantize_files
+from flexq_core.studies.e2e import __main__ as command
 from flexq_core.studies.e2e import processes
 from flexq_core.studies.e2e.parallel import require_shared
 from flexq_core.workbook.records import read_jsonl
@@ -178,12 +179,15 @@ def test_what_processes_cannot_share_is_refused(architecture, count, text):
         ("cuda", "4", "4 processes on 1 GPUs; accepted: at most one a GPU"),
     ],
 )
-def test_processes_that_cannot_join_are_refused(monkeypatch, device, here, text):
+def test_processes_that_cannot_join_are_refused(monkeypatch, capsys, device, here, text):
     for name, value in (("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", here), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match=text), processes.joined(device):
         pytest.fail("joined")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(command, "_measure", lambda *_: pytest.fail("measured"))
+    assert command.main([]) == 1 and capsys.readouterr().err == f"{text}\n"
 
 
 @pytest.mark.parametrize(("allowed", "threads"), [(6, 3), (1, 1)])

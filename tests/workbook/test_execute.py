@@ -68,6 +68,23 @@ def test_a_folder_is_found_from_where_the_command_was_given(folder, tmp_path, mo
         _from_here({"data_dir": "nowhere"})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("model", "./nowhere", "there is no folder '{here}/nowhere': check the path"),
+        ("plan", "nowhere.json", "plan is 'nowhere.json'; accepted: a file that exists, or a plan's name"),
+        ("records", "nowhere", "records is 'nowhere'; accepted: a folder that exists"),
+    ],
+)
+def test_what_is_not_where_the_command_was_given_is_said_before_a_kernel_starts(
+    folder, tmp_path, monkeypatch, capsys, name, value, told
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("flexq_core.workbook.__main__.execute", lambda *_: pytest.fail("executed"))
+    assert main(["run", "good", "-p", name, value]) == 1
+    assert told.format(here=tmp_path) in capsys.readouterr().err
+
+
 def test_a_plan_is_found_from_where_the_command_was_given_if_it_is_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "w6a6").mkdir()

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -31,7 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def measure() -> int:
-        with processes.joined(device):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(processes.joined(device))
+            except ValueError as refusal:
+                print(refusal, file=sys.stderr)
+                return 1
             return _measure(arguments, device)
 
     return exit_status(measure)
