@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
+"""Files that a model needs beside its weights, or must not go without."""
 
 _DTYPES = {
     "F64": torch.float64,

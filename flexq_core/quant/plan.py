@@ -67,7 +67,7 @@ RULES: Mapping[str, Callable[[str], LayerPrecision]] = MappingProxyType(
 class PrecisionPlan:
     """Layer name → bits, for every layer that is quantised.
 
-    Raises PlanError for an empty plan, a layer name that is not a string, or a group size below 1.
+    Raises PlanError for an empty plan, a layer whose name is not a string or whose bits are none, or a group size below 1.
     """
 
     name: str
@@ -81,6 +81,11 @@ class PrecisionPlan:
             raise PlanError(f"the plan's group_size is {self.group_size!r}; accepted: an integer of at least 1")
         if not self.layers:
             raise PlanError("the plan names no layer")
+        for layer, bits in self.layers.items():
+            if not isinstance(layer, str) or not layer:
+                raise PlanError(f"the plan names a layer {layer!r}; accepted: a non-empty string")
+            if not isinstance(bits, LayerPrecision):
+                raise PlanError(f"layer {layer!r} has bits {bits!r}; accepted: a LayerPrecision")
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
 
     def __reduce__(self):  # a mapping proxy cannot be copied or sent to another process by itself

@@ -25,7 +25,9 @@ def require_bits(bits: int, *, accepted: tuple[int, ...] = WEIGHT_BITS, what: st
 
 
 def group_count(features: int, group_size: int = GROUP_SIZE) -> int:
-    """Groups that cover `features` elements; the last one may be padded with zeros."""
+    """Groups that cover `features` elements; the last one may be padded with zeros. Raises ValueError for groups of none."""
+    if group_size < 1:
+        raise ValueError(f"group_size is {group_size!r}; accepted: an integer of at least 1")
     return -(-features // group_size)
 
 

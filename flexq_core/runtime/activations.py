@@ -33,7 +33,7 @@ BACKENDS = ("reference", *cuda.BACKENDS)
 class Reader(NamedTuple):
     """The layer for which activations are quantised, as far as their records depend on it.
 
-    activation_bits: 6 or 8.  backend: one of BACKENDS.  outputs: N, by which `auto` chooses.  group_size: codes a scale.
+    activation_bits: 2 to 8.  backend: one of BACKENDS.  outputs: N, by which `auto` chooses.  group_size: codes a scale.
     """
 
     activation_bits: int
@@ -47,16 +47,19 @@ def quantize_activation(x: Tensor, reader: Reader) -> Tensor:
 
     Raises TypeError or ValueError for what does not fit, and, on the `reference` backend, for an x that is not finite.
     """
+    _require_rows(x)
     return _quantize_activation(x, *reader)
 
 
 def relu_quantize(x: Tensor, reader: Reader) -> Tensor:
     """Records of `torch.relu(x)`: x [M, K]; as `quantize_activation`."""
+    _require_rows(x)
     return _relu_quantize(x, *reader)
 
 
 def silu_mul_quantize(gate: Tensor, up: Tensor, reader: Reader) -> Tensor:
     """Records of `F.silu(gate) * up`: both [M, K] of one type, rows may lie apart; as `quantize_activation`."""
+    _require_rows(gate, up=up)
     return _silu_mul_quantize(gate, up, *reader)
 
 
@@ -66,7 +69,9 @@ def rms_norm_quantize(
     """Records of LLaMA's RMSNorm of h = x + residual, and h.
 
     x: [M, K].  weight: [K] and residual: [M, K] or None, of x's type.  h is x itself where there is no residual.
+    Raises as `quantize_activation`.
     """
+    _require_rows(x, weight, residual=residual)
     records, total = _norm_quantize(x, residual, weight, None, eps, False, *reader)
     return records, x if residual is None else total
 
@@ -75,6 +80,7 @@ def layer_norm_quantize(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, reader: Reader, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `rms_norm_quantize`, of `F.layer_norm`; bias: [K] or None."""
+    _require_rows(x, weight, bias, residual=residual)
     records, total = _norm_quantize(x, residual, weight, bias, eps, True, *reader)
     return records, x if residual is None else total
 
@@ -125,6 +131,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * values.to(x.dtype)
 
 
+def _require_rows(x: Tensor, *parameters: Tensor | None, **alike: Tensor | None) -> None:
+    """Raise ValueError unless x is [M, K], a norm's parameters are [K], and what goes with x has its shape."""
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; accepted: [M, K]")
+    for name, tensor in zip(("weight", "bias"), parameters, strict=False):
+        if tensor is not None and tensor.shape != x.shape[1:]:
+            raise ValueError(f"the norm's {name} has shape {tuple(tensor.shape)}; accepted: {tuple(x.shape[1:])}")
+    for name, tensor in alike.items():
+        if tensor is not None and tensor.shape != x.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: {tuple(x.shape)}, as x has")
+
+
 def _quantize(x: Tensor, activation_bits: int, group_size: int) -> Tensor:
     """Records for `reference`."""
     quantized = quantize_groups(x, bits=activation_bits, group_size=group_size)
@@ -137,6 +155,8 @@ def _kernel(backend: str, tokens: int, features: int, outputs: int, device: torc
         raise ValueError(f"backend is {backend!r}; accepted for records: {', '.join(BACKENDS)}")
     if backend != "auto":
         return backend
+    if device.type != "cuda":
+        raise ValueError(f"backend is 'auto' for records on {device}; accepted there: reference")
     return cuda.backend_for(int(tokens), int(group_count(features) * cuda.GROUP_SIZE), int(outputs), device)
 
 

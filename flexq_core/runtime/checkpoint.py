@@ -178,9 +178,14 @@ def verify_shard(file: Path) -> dict[str, Any]:
         if name not in saved["sha256"]:
             without.append(name)
             continue
-        if checksum(read_tensor(file, name)) != saved["sha256"][name]:
+        tensor = read_tensor(file, name)
+        if checksum(tensor) != saved["sha256"][name]:
             raise CheckpointError(
                 f"{name!r} in {file} is altered: its bits are not those that were saved; copy the file again or make it anew"
+            )
+        if name.endswith(".weight_scale") and not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{name!r} in {file} was saved with a scale that is not finite; make the checkpoint anew"
             )
     if without:
         text = f"{file}: {len(without)} tensors have no checksum, first {without[0]!r}"

@@ -114,14 +114,20 @@ def quantizer(
 
     scales: as `quantize_model`.  moments: layer → [K], from `input_moments`, for `output`.
     """
-    return lambda name, linear: FlexQLinear.from_linear(
-        linear,
-        precision=plan.layers[name],
-        group_size=plan.group_size,
-        backend=backend,
-        scales=scales,
-        moments=None if moments is None else moments[name],
-    )
+
+    def make(name: str, linear: nn.Linear) -> FlexQLinear:
+        if moments is not None and name not in moments:
+            raise ValueError("no token of the calibration text reaches it; accepted: a longer text, or other scales")
+        return FlexQLinear.from_linear(
+            linear,
+            precision=plan.layers[name],
+            group_size=plan.group_size,
+            backend=backend,
+            scales=scales,
+            moments=None if moments is None else moments[name],
+        )
+
+    return make
 
 
 def empty_layers_in_place(model: nn.Module, plan: PrecisionPlan) -> None:

@@ -222,12 +222,14 @@ def reference_product(
 
     The rest as for `w6ax_linear`.  Returns [M, N] float32.
     """
-    qx = codes.unflatten(-1, (scales.shape[1], -1)).float()
-    qw = unpack_codes(weight, weight_bits).unflatten(-1, (scales.shape[1], -1)).float()
+    groups = scales.shape[1]
+    largest_sum = codes.shape[1] // groups * 2 ** (weight_bits - 1) * 2**7  # of a group, for activations of 8 bits
+    exact = torch.float32 if largest_sum <= 2**24 else torch.float64
+    qx = codes.unflatten(-1, (groups, -1)).to(exact)
+    qw = unpack_codes(weight, weight_bits).unflatten(-1, (groups, -1)).to(exact)
     y = torch.zeros(len(codes), len(weight), dtype=torch.float32, device=codes.device)
-    for group in range(weight_scale.shape[1]):
-        # Exact in float32: codes have at most 8 bits and a group's sum stays below 2^24.
-        inner = qx[:, group] @ qw[:, group].T
+    for group in range(groups):
+        inner = (qx[:, group] @ qw[:, group].T).float()
         y += inner * (scales[:, group, None] * weight_scale[:, group].float())
     y = torch.ldexp(y, weight_exponent.int())
     return y if bias is None else y + bias.float()
@@ -276,6 +278,8 @@ def _require_fit(x, weight, weight_scale, weight_exponent, bias, weight_bits, ac
     require_bits(weight_bits, what="weight bits")
     require_bits(activation_bits, what="activation bits")
     _require_floats(x)
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; accepted: [N, bytes], packed weights of N outputs")
     outputs, groups = weight.shape[0], group_count(x.shape[-1], group_size)
     expected = {
         "weight": (weight, torch.uint8, (outputs, packed_bytes(groups * group_size, weight_bits))),
@@ -313,6 +317,8 @@ def _require_repacked(x, chunks, weight_exponent, bias, activation_bits, backend
 def _require_floats(x: Tensor) -> None:
     if x.dim() == 0 or x.dtype not in FLOAT_TYPES:
         raise TypeError(f"x is {x.dtype} of shape {tuple(x.shape)}; accepted: [..., K] float32, float16 or bfloat16")
+    if x.shape[-1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; accepted: [..., K] of at least one feature")
 
 
 def _require_operands(x: Tensor, expected: dict, layer: str) -> None:

@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flexq_core.files.names import place_tensors
-from flexq_core.files.tensors import INDEX, SINGLE_FILE, find_tensors, headers, read_tensor, write_tensors
+from flexq_core.files.tensors import (
+    BESIDE_WEIGHTS,
+    INDEX,
+    SINGLE_FILE,
+    find_tensors,
+    headers,
+    read_tensor,
+    write_tensors,
+)
 from flexq_core.quant.packing import packed_bytes
 from flexq_core.quant.plan import LayerPrecision, PrecisionPlan
 from flexq_core.quant.quantize import dequantize, quantize_weight, require_scales
@@ -47,9 +55,6 @@ from flexq_core.runtime.linear import packed_parameters
 
 _ELEMENTS = 2**20
 """Of a weight that a thread quantises at once: float32 copies of them stay in its caches."""
-
-COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
-"""Files beside the weights that are copied as they are, unless they are written anew."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +300,7 @@ def _a_thread_for_each_block() -> Iterator[ThreadPoolExecutor]:
 def _write_others(source: Path, partial: Path, work: _Work, written: Written, name: str) -> None:
     """Everything but the weights; config.json, without which nothing loads, last."""
     anew = {"config.json", "README.md"}
-    for file in {file for pattern in COPIED for file in source.glob(pattern)}:
+    for file in {file for pattern in BESIDE_WEIGHTS for file in source.glob(pattern)}:
         if file.is_file() and file.name not in anew and not file.name.endswith(".index.json"):
             shutil.copyfile(file, partial / file.name)
     if [file.name for file in work.files] != [SINGLE_FILE]:
@@ -419,7 +424,7 @@ def _is_a_runs_weights(path: Path) -> bool:
 
 def _may_be_written(path: Path) -> bool:
     written = path.with_suffix("") if path.suffix == ".tmp" else path
-    return path.is_file() and any(written.match(pattern) for pattern in (*COPIED, "README.md"))
+    return path.is_file() and any(written.match(pattern) for pattern in (*BESIDE_WEIGHTS, "README.md"))
 
 
 def _require_space(folder: Path, needed: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexq_core.files.tensors import BESIDE_WEIGHTS
 from flexq_core.sources.architectures import ARCHITECTURES
 from flexq_core.sources.demo import DEMO_MODELS, demo_path
 from flexq_core.sources.on_disk import ModelOnDisk
@@ -102,17 +103,7 @@ def model_folder(name: str) -> Path:
         return Path(place)
     import huggingface_hub
 
-    patterns = [
-        "model*.safetensors",
-        "*.json",
-        "*.txt",
-        "*.model",
-        "*.jinja",
-        "*.tiktoken",
-        "LICENSE*",
-        "NOTICE*",
-        "USE_POLICY*",
-    ]
+    patterns = ["model*.safetensors", *BESIDE_WEIGHTS]
     with _explained(name, place):
         source = _source(place)
         if source == place:
@@ -163,7 +154,7 @@ def load_model(
     config = model.config
     return LoadedModel(
         name=name,
-        model=model if blocks_on_disk else model.to(device).eval(),
+        model=model if blocks_on_disk else _moved(name, model, device).eval(),
         tokenizer=tokenizer,
         fingerprint=_fingerprint(place),
         context_length=DEMO_MODELS[name].context_length if name in DEMO_MODELS else config.max_position_embeddings,
@@ -300,6 +291,17 @@ def _cached_folder(place: str) -> Path | None:
 
     config = huggingface_hub.try_to_load_from_cache(place, "config.json")
     return Path(config).parent if isinstance(config, str) else None
+
+
+def _moved(name: str, model: Any, device: str) -> Any:
+    try:
+        return model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"the model {name!r} takes {model.get_memory_footprint() / 2**30:.1f} GiB, more than is free on {device}: score it "
+            "block by block (-p layer_by_layer True of 02_accuracy), or make a 6-bit checkpoint, which needs no GPU "
+            "(python -m flexq_core quantize)"
+        ) from error
 
 
 def _require_device(device: str) -> None:

@@ -42,6 +42,7 @@ from flexq_core.studies.kernels_compared import mean_speedups, wgmma_wins
 from flexq_core.studies.parameters import counts, names, require_at_least, require_between, whole_number
 from flexq_core.studies.timing import LEAST_CALLS, best_s, cold_bytes, cpu_times_us, machine_limits, warm_up
 from flexq_core.workbook import gpu_tables
+from flexq_core.workbook.arguments import given
 from flexq_core.workbook.command import exit_status, outputs_of, print_claims, writable_outputs
 from flexq_core.workbook.machine import preemptions, provenance
 from flexq_core.workbook.records import Measurement, Records, Skipped, load_records, write_atomically
@@ -496,8 +497,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--outputs",
         metavar="FOLDER",
-        help="keep records in FOLDER/records, measure none of them again, and drop those of older source; {card} is the GPU's "
-        "short name (default: none)",
+        type=given,
+        help="keep records in FOLDER/records, measure none of them again, and drop those of older source; from the "
+        "repository's root, and {card} is the GPU's short name (default: none)",
     )
     parser.add_argument(
         "--write-auto-table",

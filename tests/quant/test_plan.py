@@ -94,6 +94,19 @@ def test_a_bad_plan_says_what_is_wrong(text, message):
         PrecisionPlan.from_json(text)
 
 
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({1: LayerPrecision()}, "the plan names a layer 1; accepted: a non-empty string"),
+        ({"": LayerPrecision()}, "the plan names a layer ''"),
+        ({"a": (6, 6)}, r"layer 'a' has bits \(6, 6\); accepted: a LayerPrecision"),
+    ],
+)
+def test_a_plan_that_json_could_not_hold_is_refused(layers, message):
+    with pytest.raises(PlanError, match=message):
+        PrecisionPlan("mine", layers)
+
+
 def test_an_unknown_rule_names_the_nearest():
     with pytest.raises(PlanError, match=r"'flexk' \(did you mean 'flexq'\?\); accepted: w6a6, w6a8, flexq"):
         PrecisionPlan.from_rule("flexk", LLAMA)

@@ -119,6 +119,17 @@ def test_what_does_not_fit_is_refused():
     x = torch.randn(5, FEATURES)
     with pytest.raises(ValueError, match="backend is 'cpu'; accepted for records: reference, auto, imma"):
         activations.quantize_activation(x, Reader(6, "cpu", 30, 128))
+    with pytest.raises(ValueError, match="backend is 'auto' for records on cpu; accepted there: reference"):
+        activations.quantize_activation(x, Reader(6, "auto", 30, 128))
+    for refused, text in (
+        (lambda: activations.relu_quantize(x[None], layer.reader()), r"x has shape \(1, 5, \d+\); accepted: \[M, K\]"),
+        (lambda: activations.silu_mul_quantize(x, x[1:], layer.reader()), r"up has shape \(4, "),
+        (lambda: activations.rms_norm_quantize(x, x[0, 1:], 1e-5, layer.reader()), "the norm's weight has shape"),
+        (lambda: activations.layer_norm_quantize(x, x[0], x[0, 1:], 1e-5, layer.reader()), "the norm's bias has shape"),
+        (lambda: activations.rms_norm_quantize(x, x[0], 1e-5, layer.reader(), x[1:]), r"residual has shape \(4, "),
+    ):
+        with pytest.raises(ValueError, match=text):
+            refused()
     with pytest.raises(ValueError, match="cannot quantise non-finite values"):
         activations.relu_quantize(x / 0, layer.reader())
     records = activations.quantize_activation(x, layer.reader())

@@ -56,6 +56,14 @@ def test_a_model_takes_better_scales_and_keeps_its_format(scales):
     assert error(chosen) < error(plain)
 
 
+def test_a_layer_that_no_token_of_the_text_reaches_is_named(monkeypatch):
+    moments = input_moments(tiny_model("llama"), ROWS)
+    missed, _ = moments.popitem()  # as an expert to which none was routed
+    monkeypatch.setattr("flexq_core.runtime.convert.input_moments", lambda *_: moments)
+    with pytest.raises(ValueError, match=f"{missed}.*no token of the calibration text reaches it; accepted: a longer"):
+        quantize_model(tiny_model("llama"), "w6a6", scales="output", calibration=ROWS)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

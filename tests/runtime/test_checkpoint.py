@@ -95,6 +95,13 @@ def rewrite(file, change) -> None:
     save_file(tensors, file, metadata={"format": "pt", **metadata(checksums(tensors))})
 
 
+def test_a_scale_that_is_not_finite_is_refused_whatever_its_checksum_says(copy):
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    file = file_of(copy, name)
+    rewrite(file, lambda tensors: tensors[name][3].fill_(torch.nan))
+    refused(copy, rf"'{name}' in .*{file.name} was saved with a scale that is not finite; make the checkpoint anew")
+
+
 def test_tensors_that_are_not_the_models(copy, saved):
     name = "model.layers.1.mlp.down_proj.weight"
     file = file_of(copy, name)

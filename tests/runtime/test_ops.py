@@ -241,6 +241,9 @@ def broken(**changes):
             "backend is 'cuda'; accepted: auto, reference, cpu, imma, wgmma, bmma, simulate",
         ),
         ({"weight": torch.zeros(8, 192, dtype=torch.uint8, device="meta")}, ValueError, "weight is on meta"),
+        ({"weight": torch.tensor(1, dtype=torch.uint8)}, ValueError, r"weight has shape \(\); accepted: \[N, bytes\]"),
+        ({"x": torch.zeros(2, 0)}, ValueError, r"x has shape \(2, 0\); accepted: \[..., K\] of at least one feature"),
+        ({"group_size": 0}, ValueError, "group_size is 0; accepted: an integer of at least 1"),
     ],
 )
 def test_bad_input_names_what_is_accepted(changes, error, text):
@@ -254,3 +257,14 @@ def test_non_finite_activations_are_refused(backend):
     x[1, 7] = float("nan")
     with pytest.raises(ValueError, match=r"nan at index \(1, 7\)"):
         broken(x=x, backend=backend)
+
+
+def test_the_definition_is_exact_for_groups_whose_sums_a_float32_cannot_hold():
+    """2047 products of 127 with -128 and one of 1 with 1: an odd sum beyond 2 ** 24."""
+    x, codes = torch.full((1, 2048), 127.0), torch.full((1, 2048), -128, dtype=torch.int8)
+    x[0, 0], codes[0, 0] = 1.0, 1
+    operands = (pack_codes(codes, 8), torch.ones(1, 1).half(), torch.tensor([-12], dtype=torch.int8))
+    y = ops.w6ax_linear(x, *operands, None, 8, 8, 2048, "reference")
+    (scale,) = x.abs().amax(1) / 127
+    inner = torch.tensor(2047 * 127 * -128 + 1).float()
+    assert scale == 1 and y.item() == inner.item() / 2**12

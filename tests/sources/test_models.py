@@ -147,6 +147,17 @@ def test_a_device_or_dtype_that_no_model_can_have(options, text):
         load_model("demo-llama", **options)
 
 
+def test_a_model_that_the_device_cannot_hold_names_the_ways_that_need_less(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("torch.nn.Module.to", full)
+    with pytest.raises(
+        ModelError, match=r"'demo-llama' takes 0.0 GiB, more than is free on cpu: .*layer_by_layer True .*quantize"
+    ):
+        load_model("demo-llama")
+
+
 def test_a_models_folder_is_the_local_one_or_downloaded_without_pickles(tmp_path, monkeypatch):
     assert model_folder("demo-llama") == demo.demo_path("demo-llama")
     asked = {}

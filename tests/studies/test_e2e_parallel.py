@@ -185,6 +185,9 @@ def test_processes_that_cannot_join_are_refused(monkeypatch, capsys, device, her
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match=text), processes.joined(device):
         pytest.fail("joined")
+    if here == "2":
+        monkeypatch.delenv("LOCAL_WORLD_SIZE")
+        text = "WORLD_SIZE is 4, and LOCAL_WORLD_SIZE is not set; accepted: processes that torchrun starts, or one"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     monkeypatch.setattr(command, "_measure", lambda *_: pytest.fail("measured"))
     assert command.main([]) == 1 and capsys.readouterr().err == f"{text}\n"

@@ -309,6 +309,9 @@ def test_the_command_line_times_and_keeps_no_record(capsys, monkeypatch, tmp_pat
         kernels.main([*arguments, "--outputs", str(tmp_path / "file")])
     assert "file cannot be written: Not a directory" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        kernels.main([*arguments, "--outputs", ""])
+    assert "--outputs: it is empty; is a variable unset?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         kernels.main(["--shapes", "64"])
     assert "shapes holds '64'; accepted" in capsys.readouterr().err
 

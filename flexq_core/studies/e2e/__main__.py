@@ -20,6 +20,7 @@ from flexq_core.studies.e2e.decode import COMPILE_MODES
 from flexq_core.studies.e2e.parallel import ParallelStudy
 from flexq_core.studies.e2e_compared import plot_latency, plot_memory, plot_step, published_note
 from flexq_core.studies.parameters import whole_number
+from flexq_core.workbook.arguments import given
 from flexq_core.workbook.command import exit_status, print_claims, writable_outputs
 from flexq_core.workbook.records import Records
 from flexq_core.workbook.run import Run
@@ -70,8 +71,9 @@ def _measure(arguments: list[str] | None, device: str) -> int:
     parser.add_argument(
         "--outputs",
         metavar="FOLDER",
+        type=given,
         help="keep records in FOLDER/records and figures in FOLDER/figures, measure none again, and drop records of older "
-        "source; {card} is the GPU's short name (default: none)",
+        "source; from the repository's root, and {card} is the GPU's short name (default: none)",
     )
     options = vars(parser.parse_args(arguments))
     folder = options.pop("outputs")

@@ -35,11 +35,16 @@ def joined(device: str) -> Iterator[None]:
     """Join the others: over nccl on GPUs, of which this process takes the one that LOCAL_RANK says, else over gloo.
 
     device: `cpu` or `cuda`. Only the first process prints; what another fails of is still printed.
-    Raises ValueError for processes of several machines, or more than there are GPUs.
+    Raises ValueError for processes of several machines, more than there are GPUs, or that no torchrun has numbered.
     """
     if count() == 1:
         yield
         return
+    unset = [name for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
+    if unset:
+        raise ValueError(
+            f"WORLD_SIZE is {count()}, and {unset[0]} is not set; accepted: processes that torchrun starts, or one"
+        )
     here, local = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     if here != count():
         raise ValueError(f"{here} of {count()} processes are on this machine; accepted: all of them")
