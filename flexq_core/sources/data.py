@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class HubText:
     calibrate: str
     files: dict[str, str] | None = None
     rows: int | None = None
+    revision: str | None = None
 
 
 HUB_TEXTS = {
@@ -50,7 +52,15 @@ HUB_TEXTS = {
         },
         rows=4000,
     ),
-    "ptb": HubText("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", "test", "train"),
+    "ptb": HubText(
+        "ptb-text-only/ptb_text_only",
+        None,
+        "sentence",
+        "test",
+        "train",
+        files={split: f"penn_treebank/{split}/0000.parquet" for split in ("test", "train")},
+        revision="refs/convert/parquet",  # its own files are a program, which no release of datasets runs any more
+    ),
 }
 _TOKENISED = "<unk>"
 """Rare words of WikiText-2's other release."""
@@ -88,10 +98,20 @@ def calibration_text(dataset: str, data_dir: str = "") -> Text:
     if not data_dir:
         return _hub_text(dataset, hub.calibrate)
     try:
-        return _local_text(dataset, data_dir, (hub.calibrate,))
+        _local_files(dataset, data_dir, (hub.calibrate,))
     except DataError:
         evaluation_text(dataset, data_dir)  # raises where the folder is no good at all
         return demo.calibration_text()
+    return _local_text(dataset, data_dir, (hub.calibrate,))  # raises where the split is there and cannot be read
+
+
+def require_text(dataset: str, data_dir: str = "") -> None:
+    """Raise DataError for a dataset that is unknown, or that a folder lacks; nothing is read."""
+    if dataset == "pydoc":
+        return
+    hub = _require_known(dataset)
+    if data_dir:
+        _local_files(dataset, data_dir, (hub.score, "test", "validation"))
 
 
 def _require_known(dataset: str) -> HubText:
@@ -106,7 +126,7 @@ def _hub_text(name: str, split: str) -> Text:
     hub = HUB_TEXTS[name]
     files = {split: hub.files[split]} if hub.files else None
     rows = _load(
-        {"path": hub.dataset, "name": hub.configuration, "data_files": files},
+        {"path": hub.dataset, "name": hub.configuration, "data_files": files, "revision": hub.revision},
         split,
         f"cannot load {name!r} ({hub.dataset}) from the hub",
         "Connect once so that it is cached, give a folder that has it as data_dir, or use dataset=pydoc, which needs no network",
@@ -114,11 +134,15 @@ def _hub_text(name: str, split: str) -> Text:
     return _joined(name, rows, hub, f"{hub.dataset} {hub.configuration or ''} {split}".strip())
 
 
-def _local_text(name: str, folder: str, splits: tuple[str, ...]) -> Text:
+def _local_files(name: str, folder: str, splits: tuple[str, ...]) -> tuple[list[Path], str]:
     try:
-        files, split = local.find_split(folder, name, splits)
+        return local.find_split(folder, name, splits, configuration=HUB_TEXTS[name].configuration or "")
     except local.LocalDataError as error:
         raise DataError(str(error)) from error
+
+
+def _local_text(name: str, folder: str, splits: tuple[str, ...]) -> Text:
+    files, split = _local_files(name, folder, splits)
     origin = f"{', '.join(path.name for path in files)} ({split})"
     if files[0].suffix == ".txt":  # running text, not a row a line
         try:
@@ -134,9 +158,14 @@ def _local_text(name: str, folder: str, splits: tuple[str, ...]) -> Text:
             "It may be truncated: fetch it again",
         )
         found = _joined(name, rows, HUB_TEXTS[name], origin)
-    if name == "wikitext2" and _TOKENISED in found.text:
+    if is_tokenised(found):
         return replace(found, origin=f"{origin}; tokenised, so that perplexities are not those of the paper's raw text")
     return found
+
+
+def is_tokenised(text: Text) -> bool:
+    """Whether it is WikiText-2's other release, whose perplexities are not those of the paper's raw text."""
+    return text.name == "wikitext2" and _TOKENISED in text.text
 
 
 def _load(arguments: dict[str, Any], split: str, what: str, step: str) -> Any:

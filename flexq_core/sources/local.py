@@ -22,12 +22,15 @@ class LocalDataError(ValueError):
     """A folder that lacks what was asked for; the message says which files would do."""
 
 
-def find_split(folder: str | Path, name: str, splits: Iterable[str]) -> tuple[list[Path], str]:
+def find_split(
+    folder: str | Path, name: str, splits: Iterable[str], *, configuration: str = ""
+) -> tuple[list[Path], str]:
     """The files of a dataset in a folder, and which of `splits`, in order of preference, they are.
 
     name, splits: letters and digits that the path below the folder must contain; case and punctuation do not count, so that
-    `ARC-Easy/test-00000-of-00001.parquet` is arc_easy's test split.
-    Raises LocalDataError where the folder is absent, or no file of `FORMATS` fits.
+    `ARC-Easy/test-00000-of-00001.parquet` is arc_easy's test split; "" is any split.  configuration: which of a dataset's is
+    meant where files of several are there, as in a clone from the hub.
+    Raises LocalDataError where the folder is absent, no file of `FORMATS` fits, or those that fit lie in several folders.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -39,12 +42,28 @@ def find_split(folder: str | Path, name: str, splits: Iterable[str]) -> tuple[li
         kinds = {_builder(path) for path in of_split}
         if of_split:  # one format: the same rows may lie there in several
             kind = next(kind for kind in FORMATS.values() if kind in kinds)
-            return [path for path in of_split if _builder(path) == kind], split
+            found = [path for path in of_split if _builder(path) == kind]
+            return (_of_one_folder(folder, found, configuration) if split else found), split
     wanted = " or ".join(f"{name}_{split}" for split in dict.fromkeys(splits))
     found = ", ".join(str(path.relative_to(folder)) for path in files[:8]) or "no such file"
     raise LocalDataError(
         f"{str(folder)!r} has no data of {name!r}; accepted: a file named like {wanted} that ends in "
         f"{', '.join(FORMATS)}; found: {found}{', …' if len(files) > 8 else ''}"
+    )
+
+
+def _of_one_folder(folder: Path, files: list[Path], configuration: str) -> list[Path]:
+    if len({path.parent for path in files}) == 1:
+        return files
+    meant = [
+        path for path in files if configuration and _plain(configuration) in map(_plain, path.relative_to(folder).parts)
+    ]
+    if len({path.parent for path in meant}) == 1:
+        return meant
+    places = ", ".join(sorted({str(path.parent.relative_to(folder)) for path in files}))
+    raise LocalDataError(
+        f"{str(folder)!r} has files that fit in several folders: {places}; accepted: one of them"
+        + (f", or one called {configuration}" if configuration else "")
     )
 
 

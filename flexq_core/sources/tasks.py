@@ -6,6 +6,7 @@ network: which of four continuations follows?
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
@@ -27,6 +28,8 @@ _STOCK = {
     "winogrande": "winogrande/default.yaml",
 }
 """The paper's tasks → their definitions in the harness."""
+_CONFIGURATIONS = {"winogrande": "winogrande_xl"}
+"""Of those tasks whose clone from the hub holds several, the harness's."""
 PAPER_TASKS = tuple(_STOCK)
 CONTINUATION = "continuation"
 TASKS = (CONTINUATION, *PAPER_TASKS)
@@ -149,10 +152,24 @@ def require_local_tasks(names: list[str], data_dir: str) -> None:
             _local_files(name, data_dir)
 
 
+def data_sha256(name: str, data_dir: str = "") -> str:
+    """What identifies a task's questions: a digest of the embedded text or of a folder's files; empty for the hub's."""
+    if name == CONTINUATION:
+        return demo.held_out_text().sha256
+    if not data_dir:
+        return ""
+    digest = hashlib.sha256()
+    for file in _local_files(name, data_dir)[0]:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
 def _local_files(name: str, data_dir: str) -> tuple[list[Path], str]:
     try:
         # The splits that the harness scores: the others' test splits have no answers.
-        return local.find_split(data_dir, name, ("test", "validation") if name.startswith("arc") else ("validation",))
+        splits = ("test", "validation") if name.startswith("arc") else ("validation",)
+        return local.find_split(data_dir, name, splits, configuration=_CONFIGURATIONS.get(name, ""))
     except local.LocalDataError as error:
         raise TaskError(str(error)) from error
 

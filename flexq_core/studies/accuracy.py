@@ -155,10 +155,13 @@ def order_of(cases: list[Mapping[str, float]]) -> tuple[bool, str]:
 
 
 def _fall(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[float, float]:
-    """By how much the logarithm of perplexity falls from one case to another, and the standard error of that."""
+    """By how much the logarithm of perplexity falls from one case to another, and the standard error of that.
+
+    Of one block nobody can tell: the error is infinite.
+    """
     blocks = [name for name in before if name.startswith(BLOCK_METRIC) and name in after]
     falls = torch.tensor([before[name] - after[name] for name in blocks], dtype=torch.float64)
-    error = falls.std().item() / math.sqrt(len(falls)) if len(falls) > 1 else 0.0
+    error = falls.std().item() / math.sqrt(len(falls)) if len(falls) > 1 else math.inf
     return math.log(before["perplexity"] / after["perplexity"]), error
 
 
@@ -212,6 +215,8 @@ class AccuracyStudy:
             raise ValueError(
                 f"methods is {methods!r} with layer_by_layer; accepted: one that is none of {', '.join(WHOLE_MODEL)}"
             )
+        if dataset != "auto":
+            data.require_text(dataset, data_dir)
         self.layer_by_layer = layer_by_layer
         self.loaded: LoadedModel = load_model(model, device=run.device, blocks_on_disk=layer_by_layer)
         self.outliers, self.seed, self.batch_size, self.task_limit = outliers, seed, batch_size, task_limit
@@ -230,10 +235,21 @@ class AccuracyStudy:
         """The model as it is scored: with the outliers that were asked for."""
         return inject_outliers(self.loaded.model, self.outliers, seed=self.seed) if self.outliers else self.loaded.model
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether any case looks at the calibration text."""
+        found = [accuracy_scales.of_method(method) for method, _ in self.cases()]
+        return any(name in WHOLE_MODEL or scales == "output" for name, scales in found)
+
+    @cached_property
+    def calibration_text(self) -> data.Text:
+        """A text of the scored one's kind that shares nothing with it."""
+        return data.calibration_text(self.dataset, self.data_dir)
+
     @cached_property
     def calibration(self) -> Tensor:
-        """[W, T] token ids that share nothing with the scored text."""
-        ids = data.token_ids(self.loaded.tokenizer, data.calibration_text(self.dataset, self.data_dir))
+        """[W, T] token ids of the calibration text."""
+        ids = data.token_ids(self.loaded.tokenizer, self.calibration_text)
         return data.windows(ids, self.window_length, CALIBRATION_WINDOWS)
 
     @property
@@ -241,6 +257,7 @@ class AccuracyStudy:
         """What decides what is calibrated, as a record's parameters."""
         return {
             "calibration": self.dataset,
+            "calibration_sha256": self.calibration_text.sha256,
             "calibration_windows": CALIBRATION_WINDOWS,
             "window_length": self.window_length,
         }
@@ -305,7 +322,7 @@ class AccuracyStudy:
         for task in self.tasks if self._answers_tasks(method, backend) else []:
             records |= once(
                 **shared,
-                parameters=self._inputs(method, backend) | {"task": task, "task_limit": self.task_limit},
+                parameters=self._inputs(method, backend) | self._task_inputs(task),
                 compute=lambda task=task: self._score_task(quantised(), task),
             )
         if self._has_kernels(method, backend):
@@ -323,8 +340,15 @@ class AccuracyStudy:
         return kernels and accuracy_scales.of_method(method)[1] == SCALES[0]
 
     def _answers_tasks(self, method: str, backend: str) -> bool:
-        """Whether zero-shot tasks are asked: they take long, so where a method has several cases only of one."""
-        return method in _BASELINES or (backend != "simulate" and accuracy_scales.of_method(method)[1] == SCALES[0])
+        """Whether zero-shot tasks are asked: they take long, so where a method has several cases only of one.
+
+        That is the last one with scales by absmax, where there is such a one.
+        """
+        name = accuracy_scales.of_method(method)[0]
+        scales_and_case = [(accuracy_scales.of_method(case[0]), case) for case in self.cases()]
+        mine = [(scales, case) for (other, scales), case in scales_and_case if other == name]
+        usual = [case for scales, case in mine if scales == SCALES[0]] or [case for _, case in mine]
+        return (method, backend) == usual[-1]
 
     def build(self, method: str, backend: str) -> nn.Module:
         """The model under this method and backend; the original for `fp16`. Raises Skipped where there is no whole model."""
@@ -390,7 +414,7 @@ class AccuracyStudy:
         if name not in METHODS:
             inputs["plan_sha256"] = hashlib.sha256(self.custom_plan.to_json().encode()).hexdigest()
         if name in WHOLE_MODEL or scales == "output":
-            inputs["calibration_windows"] = CALIBRATION_WINDOWS
+            inputs |= self.calibration_inputs
         return inputs
 
     def _text_inputs(self) -> dict[str, Any]:
@@ -399,7 +423,11 @@ class AccuracyStudy:
             "text_sha256": self.text.sha256,
             "windows": len(self.rows),
             "window_length": self.window_length,
-        }
+        } | ({"tokenised": True} if data.is_tokenised(self.text) else {})
+
+    def _task_inputs(self, task: str) -> dict[str, Any]:
+        digest = zero_shot.data_sha256(task, self.data_dir)
+        return {"task": task, "task_limit": self.task_limit} | ({"data_sha256": digest} if digest else {})
 
     def _score(self, model: nn.Module, label: str) -> dict[str, Measurement]:
         start = time.perf_counter()

@@ -18,6 +18,8 @@ from flexq_core.sources.structure import norm_pairs, require_same_function, resc
 
 SMOOTHING = 0.5
 """SmoothQuant's migration strength α: how much of an outlier moves from activations to weights (SmoothQuant §4.2)."""
+_SMOOTHING_OF = {"llama": 0.85, "mistral": 0.8}
+"""Model type → the α that SmoothQuant's authors use for it (github.com/mit-han-lab/smoothquant; of Llama-2-70B alone 0.9)."""
 _LEAST = 1e-5
 """That a channel's magnitudes, and its factor, count as."""
 
@@ -50,12 +52,15 @@ def smooth_quant(
     *,
     weight_bits: int,
     activation_bits: int,
-    smoothing: float = SMOOTHING,
+    smoothing: float | None = None,
 ) -> nn.Module:
     """SmoothQuant (arXiv 2211.10438): move outliers from norm outputs into the weights that read them, then round.
 
-    model: a decoder-only transformers model, left alone.  calibration: [W, T] int64 token ids.
+    model: a decoder-only transformers model, left alone.  calibration: [W, T] int64 token ids.  smoothing: α; the authors'
+    for such a model unless given.
     """
+    if smoothing is None:
+        smoothing = _SMOOTHING_OF.get(model.config.model_type, SMOOTHING)
     smoothed = copy.deepcopy(model)
     pairs = norm_pairs(model)
     absmax = _input_absmax(model, [pair.consumers[0] for pair in pairs], calibration)

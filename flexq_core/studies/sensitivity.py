@@ -233,6 +233,8 @@ class SensitivityStudy:
         require_at_least(0, windows=windows, window_length=window_length, seed=seed)
         require_at_least(1, batch_size=batch_size, calibration_windows=calibration_windows)
         require_strength(outliers)
+        if dataset != "auto":
+            data.require_text(dataset, data_dir)
         self.loaded = load_model(model, device=run.device)
         self.outliers, self.seed, self.batch_size = outliers, seed, batch_size
         self.window_length = window_length or min(2048, self.loaded.context_length)

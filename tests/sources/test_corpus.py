@@ -15,7 +15,7 @@ def test_docstrings_and_long_arguments_are_found_without_importing(tmp_path):
         f'add_docstr(f, """\n    {"Argument text. " * 20}\n    """)\nshort("no")\n'
     )
     found = list(corpus.file_docstrings(file))
-    assert set(found[:3]) | set(found) >= {"Module text.", "Class text.", "Method text."}
+    assert set(found) >= {"Module text.", "Class text.", "Method text."}
     assert any(text.startswith("Argument text.") for text in found)
     assert "no" not in found
 

@@ -3,11 +3,13 @@
 import json
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import pytest
 
 from flexq_core.sources import data, local, tasks
+from flexq_core.sources.held import held_by
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TEXTS = ["One line of prose.", "", "Another line of it."]
@@ -68,6 +70,46 @@ def test_a_split_that_is_there_is_calibrated_on_else_docstrings(tmp_path):
     assert data.calibration_text("c4", str(tmp_path)).name == "docstrings"
     write(tmp_path, "c4_train.txt")
     assert data.calibration_text("c4", str(tmp_path)).origin == "c4_train.txt (train)"
+
+
+def test_of_several_configurations_the_papers_is_read_or_none(tmp_path):
+    for folder in ("wikitext-2-raw-v1", "wikitext-2-v1"):
+        write(tmp_path, f"wikitext/{folder}/test-00000-of-00001.parquet")
+    text = data.evaluation_text("wikitext2", str(tmp_path))
+    assert text.text == "\n\n".join(TEXTS)
+    for folder in ("winogrande_xs", "winogrande_xl", "winogrande_debiased"):
+        write(tmp_path, f"winogrande/{folder}/validation-00000-of-00001.parquet")
+    (file,), _ = tasks._local_files("winogrande", str(tmp_path))
+    assert file.parent.name == "winogrande_xl"
+    for shard in ("00000-of-00002", "00001-of-00002"):
+        write(tmp_path, f"c4/en/c4-validation.{shard}.json.gz")
+    assert data.evaluation_text("c4", str(tmp_path)).text.count(TEXTS[0]) == 2
+    for folder in ("one", "other"):
+        write(tmp_path, f"{folder}/ptb_test.json")
+    with pytest.raises(data.DataError, match=r"files that fit in several folders: one, other; accepted: one of them$"):
+        data.evaluation_text("ptb", str(tmp_path))
+    assert "ptb" in held_by(str(tmp_path))
+
+
+def test_a_train_split_that_cannot_be_read_is_not_taken_for_an_absent_one(tmp_path):
+    write(tmp_path, "c4_validation.txt")
+    (tmp_path / "c4_train.parquet").write_bytes(b"PAR1 cut short")
+    with pytest.raises(data.DataError, match=r"cannot read c4_train.parquet \(train\).*fetch it again"):
+        data.calibration_text("c4", str(tmp_path))
+
+
+def test_the_hubs_ptb_is_read_from_the_files_that_the_hub_made_of_its_program(monkeypatch):
+    asked = mock.Mock(return_value=mock.MagicMock(column_names=["sentence"]))
+    monkeypatch.setattr("datasets.load_dataset", asked)
+    monkeypatch.setattr(data, "_joined", lambda *_: "text")
+    data.evaluation_text("ptb")
+    asked.assert_called_once_with(
+        split="test",
+        path="ptb-text-only/ptb_text_only",
+        name=None,
+        data_files={"test": "penn_treebank/test/0000.parquet"},
+        revision="refs/convert/parquet",
+    )
 
 
 def test_what_is_missing_is_said(tmp_path):

@@ -18,8 +18,18 @@ from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.sources import data
 from flexq_core.sources.models import ModelError, load_model
 from flexq_core.sources.text import Text
-from flexq_core.studies.accuracy import AccuracyStudy, Perplexity, claims, order_of, perplexity, plot_change, plot_size
+from flexq_core.studies.accuracy import (
+    TITLES,
+    AccuracyStudy,
+    Perplexity,
+    claims,
+    order_of,
+    perplexity,
+    plot_change,
+    plot_size,
+)
 from flexq_core.studies.parameters import resolved_backends
+from flexq_core.studies.sensitivity import SensitivityStudy
 from flexq_core.workbook import paths
 from tests.models import tiny_model
 from tests.runs import run_of
@@ -148,8 +158,9 @@ def test_auto_stays_where_it_means_several(monkeypatch):
 
 def test_both_figures_are_drawn(tmp_path):
     table = a_study(tmp_path, methods="fp16,flexq", task_limit=1).table()
-    assert plot_change(table, "demo-opt").axes and plot_size(table, "demo-opt").axes
-    assert all(holds for _, holds, _ in claims(table[table["backend"] == "torch"], outliers=0.0))
+    (change,), (size,) = plot_change(table, "demo-opt").axes, plot_size(table, "demo-opt").axes
+    assert len(change.patches) == (table["backend"] != "torch").sum() > 0
+    assert {text.get_text() for text in size.get_legend().get_texts()} == {TITLES["fp32"], TITLES["flexq"]}
 
 
 @pytest.mark.parametrize("model", ["demo-llama", "demo-opt"])
@@ -283,3 +294,55 @@ def test_a_run_of_methods_of_which_nothing_is_claimed_succeeds(tmp_path, capsys)
     names = {"run": run, "accuracy": study, "accuracy_scales": study, "table": None, "sqnrs": None, "outliers": 0}
     exec(cells[-1].source, names)
     assert "skipped" in capsys.readouterr().out
+
+
+def test_of_one_block_no_order_is_told():
+    one, lower = (values(scored(nats)) for nats in (2.0, 1.9))
+    assert order_of([one, lower]) == (True, f"{one['perplexity']:.3f} ≈ {lower['perplexity']:.3f}")
+    assert order_of([lower, one])[0]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "asked"),
+    [
+        ({"backends": "simulate,reference"}, [("fp16", "torch"), ("w6a6", "reference")]),
+        ({"backends": "simulate"}, [("fp16", "torch"), ("w6a6", "simulate")]),
+        ({"backends": "reference", "scales": "mse,output"}, [("fp16", "torch"), ("w6a6+output", "reference")]),
+        ({"backends": "reference", "scales": "absmax,mse"}, [("fp16", "torch"), ("w6a6", "reference")]),
+    ],
+)
+def test_every_method_answers_the_tasks_once(tmp_path, parameters, asked):
+    study = a_study(tmp_path, methods="fp16,w6a6", **parameters)
+    assert [case for case in study.cases() if study._answers_tasks(*case)] == asked
+    assert study.calibrates == ("output" in study.scales)
+
+
+def test_what_is_calibrated_on_and_asked_decides_a_record(tmp_path):
+    study = a_study(tmp_path, methods="smoothquant-w6a6,w6a6")
+    text = study.calibration_text
+    calibrated = study._inputs("smoothquant-w6a6", "simulate")
+    assert calibrated["calibration_sha256"] == text.sha256 and calibrated["window_length"] == study.window_length
+    assert "calibration_sha256" not in study._inputs("w6a6", "simulate")
+    assert study._task_inputs("continuation")["data_sha256"] == data.demo.held_out_text().sha256
+    assert "data_sha256" not in study._task_inputs("piqa")  # the hub's
+    study.data_dir = str(tmp_path)
+    file = tmp_path / "piqa_validation.json"
+    digests = set()
+    for content in ("{}", '{"a": 1}'):
+        file.write_text(content)
+        digests.add(study._task_inputs("piqa")["data_sha256"])
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("study", [AccuracyStudy, SensitivityStudy])
+@pytest.mark.parametrize(
+    ("parameters", "text"),
+    [
+        ({"dataset": "wikitxt2"}, "Did you mean 'wikitext2'"),
+        ({"dataset": "ptb", "data_dir": "tests"}, "no data of 'ptb'"),
+    ],
+)
+def test_a_text_that_is_not_there_is_said_before_a_model_is_fetched(tmp_path, monkeypatch, study, parameters, text):
+    monkeypatch.setattr(f"{study.__module__}.load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(data.DataError, match=text):
+        study(run_of("02_accuracy", tmp_path), model="demo-opt", **parameters)

@@ -23,7 +23,7 @@ def test_rowwise_linear_is_per_channel_and_per_token():
     activation = dequantize(quantize_groups(x, bits=8, group_size=300))
     layer = RowwiseLinear(linear, 6, 8)
     assert torch.equal(layer(x), nn.functional.linear(activation, weight, linear.bias))
-    assert weight.unique(dim=None).numel() > 0 and (weight / weight.abs().amax(1, True) * 31).round().abs().max() == 31
+    assert (weight / weight.abs().amax(1, True) * 31).round().abs().amax(1).eq(31).all()
 
 
 @pytest.mark.parametrize("architecture", ["llama-3", "opt"])
@@ -45,6 +45,16 @@ def test_smoothing_helps_where_there_are_outliers(architecture):
     smooth = relative_error(smooth_quant(model, CALIBRATION, weight_bits=8, activation_bits=8), expected)
     assert smooth < plain
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(("architecture", "strength"), [("llama", 0.85), ("opt", 0.5)])
+def test_the_smoothing_is_the_authors_for_a_family(architecture, strength):
+    model, text = tiny_model(architecture), torch.randint(3, 96, (4, 24), generator=torch.Generator().manual_seed(0))
+    usual, given, other = (
+        logits(smooth_quant(model, text, weight_bits=6, activation_bits=6, **options))
+        for options in ({}, {"smoothing": strength}, {"smoothing": 0.7})
+    )
+    assert torch.equal(usual, given) and not torch.equal(usual, other)
 
 
 def test_smoothing_alone_does_not_change_the_model():

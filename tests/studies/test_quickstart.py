@@ -6,7 +6,7 @@ from flexq_core.quant.layers import linear_layers
 from flexq_core.runtime.convert import quantize_model
 from flexq_core.runtime.linear import FlexQLinear
 from flexq_core.sources.models import load_model
-from flexq_core.studies.quickstart import _codes_lost, continue_text
+from flexq_core.studies.quickstart import _codes_lost, continue_text, layers_difference, require_parameters
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +52,23 @@ def test_a_lost_code_is_counted_also_where_a_layer_keeps_its_weights_in_a_kernel
         layer.weight.data = layer.weight.data.new_empty(len(layer.weight), 0)  # as on a GPU, once it has run
     monkeypatch.setattr(FlexQLinear, "canonical", lambda layer: (by_layer[layer], layer.weight_scale))
     assert _codes_lost(demo.model, quantised) == 1
+
+
+def test_the_kernel_is_the_definition_in_every_layer_of_a_long_prompt_or_the_difference_shows(demo):
+    """Logits of whole models differ by up to 1e-2 there: a last bit of a sum makes another code further on."""
+    text = "Return a new array of the given shape and type, filled with ones. " * 6
+    ids = demo.tokenizer(text, return_tensors="pt").input_ids
+    kernel, definition = (quantize_model(demo.model, "flexq", backend=backend) for backend in ("auto", "reference"))
+    assert ids.shape[1] > 60 and layers_difference(kernel, definition, ids) < 1e-6
+    last = list(linear_layers(demo.model))[-1]
+    definition.get_submodule(last).weight_scale[0, 0] *= 1.05
+    assert layers_difference(kernel, definition, ids) > 2e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [({"plan": "flexk"}, "flexq"), ({"new_tokens": 0}, "new_tokens is 0"), ({"seed": -1}, "seed is -1")],
+)
+def test_parameters_are_refused_before_a_model_is_loaded(changes, text):
+    with pytest.raises(ValueError, match=text):
+        require_parameters(**{"plan": "w6a6", "new_tokens": 5, "seed": 0} | changes)

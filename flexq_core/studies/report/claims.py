@@ -249,7 +249,8 @@ def _end_to_end_claim(model: str, method: str, rival: str, quantity: str) -> Cla
                 told.append(f"{row.output_tokens} tokens: {ratio:.2f}× against {printed:.2f}×")
         return _settle(cases, _on(card, told), _not_timed(model))
 
-    text = f"{model}: FlexQ is {stated:.2f}× {QUANTITIES[quantity][1]} {rival}, the mean of four output lengths"
+    than = f"{QUANTITIES[quantity][1]} {rival}"
+    text = f"{model}: FlexQ is {stated:.2f}× {than} on average, and at each of four output lengths as it is told there"
     return Claim(text, END_TO_END_FIGURE, judge)
 
 

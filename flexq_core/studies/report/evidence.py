@@ -58,8 +58,8 @@ def paper_increases() -> pd.DataFrame:
 def measured_perplexities(records: pd.DataFrame) -> pd.DataFrame:
     """What is on record under the paper's protocol: rows of {dataset, model, method, backend, perplexity, base}.
 
-    Whole texts in windows of 2048, no outliers; base is the unquantised model's. The packed weights come before their
-    simulation where both were scored.
+    Whole texts in windows of 2048, WikiText-2's raw, no outliers; base is the unquantised model's. The packed weights come
+    before their simulation where both were scored.
     """
     columns = ["dataset", "model", "method", "backend", "perplexity", "base"]
     if records.empty:
@@ -77,7 +77,8 @@ def measured_perplexities(records: pd.DataFrame) -> pd.DataFrame:
 
 def _in_protocol(parameters: Mapping[str, Any]) -> bool:
     whole = parameters.get("windows", 0) >= LEAST_WINDOWS.get(parameters.get("dataset"), float("inf"))
-    return whole and parameters.get("window_length") == WINDOW_LENGTH and not parameters.get("outliers")
+    other = parameters.get("outliers") or parameters.get("tokenised")
+    return whole and parameters.get("window_length") == WINDOW_LENGTH and not other
 
 
 def divergence_by_kind(records: pd.DataFrame) -> dict[str, dict[str, float]]:
