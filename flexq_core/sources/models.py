@@ -50,10 +50,6 @@ class LoadedModel:
     load_block: Callable[[str], nn.Module] | None = None
 
     @property
-    def is_demo(self) -> bool:
-        return self.name in DEMO_MODELS
-
-    @property
     def inputs(self) -> dict[str, str]:
         """What decides the model's numbers, as a record's parameters: fingerprint and dtype."""
         return {"fingerprint": self.fingerprint, "dtype": str(self.model.dtype).removeprefix("torch.")}

@@ -41,6 +41,7 @@ from flexq_core.runtime.fuse import fuse_
 from flexq_core.runtime.streaming import hidden_state_bytes, logits_block_by_block
 from flexq_core.sources import data
 from flexq_core.sources import tasks as zero_shot
+from flexq_core.sources.demo import DEMO_MODELS
 from flexq_core.sources.models import LoadedModel, load_model, locate_model
 from flexq_core.sources.outliers import inject_outliers, require_strength
 from flexq_core.studies import accuracy_agreement, accuracy_scales, baselines
@@ -215,14 +216,13 @@ class AccuracyStudy:
             raise ValueError(
                 f"methods is {methods!r} with layer_by_layer; accepted: one that is none of {', '.join(WHOLE_MODEL)}"
             )
-        if dataset != "auto":
-            data.require_text(dataset, data_dir)
+        self.dataset = data.default_dataset(model in DEMO_MODELS) if dataset == "auto" else dataset
+        data.require_text(self.dataset, data_dir)
         self.layer_by_layer = layer_by_layer
         self.loaded: LoadedModel = load_model(model, device=run.device, blocks_on_disk=layer_by_layer)
         self.outliers, self.seed, self.batch_size, self.task_limit = outliers, seed, batch_size, task_limit
         self.data_dir = data_dir
         self.window_length = window_length or min(2048, self.loaded.context_length)
-        self.dataset = data.default_dataset(self.loaded.is_demo) if dataset == "auto" else dataset
         self.text = data.evaluation_text(self.dataset, data_dir)
         ids = data.token_ids(self.loaded.tokenizer, self.text)
         self.characters_per_token = len(self.text.text) / len(ids)

@@ -232,7 +232,9 @@ def layers_difference(quantised: nn.Module, reference: nn.Module, ids: torch.Ten
     def compare(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
             expected = reference.get_submodule(name)(*inputs).float()
-            found.append(((output.float() - expected).norm() / expected.norm()).item())
+            found.append(
+                (output.float() - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny)
+            )
 
         return hook
 
@@ -243,7 +245,7 @@ def layers_difference(quantised: nn.Module, reference: nn.Module, ids: torch.Ten
     finally:
         for handle in handles:
             handle.remove()
-    return max(found)
+    return torch.stack(found).max().item()  # NaN where one is
 
 
 def _backend(run: Run) -> str:

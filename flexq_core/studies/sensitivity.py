@@ -37,6 +37,7 @@ from flexq_core.quant.quantize import fake_quantize
 from flexq_core.runtime import ops
 from flexq_core.runtime.convert import quantize_model, replace_linear_layers
 from flexq_core.sources import data
+from flexq_core.sources.demo import DEMO_MODELS
 from flexq_core.sources.models import load_model, locate_model
 from flexq_core.sources.outliers import inject_outliers, require_strength
 from flexq_core.studies.accuracy import order_of, perplexity
@@ -233,12 +234,11 @@ class SensitivityStudy:
         require_at_least(0, windows=windows, window_length=window_length, seed=seed)
         require_at_least(1, batch_size=batch_size, calibration_windows=calibration_windows)
         require_strength(outliers)
-        if dataset != "auto":
-            data.require_text(dataset, data_dir)
+        self.dataset = data.default_dataset(model in DEMO_MODELS) if dataset == "auto" else dataset
+        data.require_text(self.dataset, data_dir)
         self.loaded = load_model(model, device=run.device)
         self.outliers, self.seed, self.batch_size = outliers, seed, batch_size
         self.window_length = window_length or min(2048, self.loaded.context_length)
-        self.dataset = data.default_dataset(self.loaded.is_demo) if dataset == "auto" else dataset
         self.text = data.evaluation_text(self.dataset, data_dir)
         ids = data.token_ids(self.loaded.tokenizer, self.text)
         self.rows = data.windows(ids, self.window_length, windows or data.DEFAULT_WINDOWS.get(self.dataset, 0))

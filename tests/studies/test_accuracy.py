@@ -340,9 +340,10 @@ def test_what_is_calibrated_on_and_asked_decides_a_record(tmp_path):
     [
         ({"dataset": "wikitxt2"}, "Did you mean 'wikitext2'"),
         ({"dataset": "ptb", "data_dir": "tests"}, "no data of 'ptb'"),
+        ({"model": "llama-2-7b", "data_dir": "tests"}, "no data of 'wikitext2'"),
     ],
 )
 def test_a_text_that_is_not_there_is_said_before_a_model_is_fetched(tmp_path, monkeypatch, study, parameters, text):
     monkeypatch.setattr(f"{study.__module__}.load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(data.DataError, match=text):
-        study(run_of("02_accuracy", tmp_path), model="demo-opt", **parameters)
+        study(run_of("02_accuracy", tmp_path), **{"model": "demo-opt"} | parameters)
