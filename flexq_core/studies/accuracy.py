@@ -259,7 +259,7 @@ class AccuracyStudy:
             "calibration": self.dataset,
             "calibration_sha256": self.calibration_text.sha256,
             "calibration_windows": CALIBRATION_WINDOWS,
-            "window_length": self.window_length,
+            "calibration_window_length": self.window_length,
         }
 
     @cached_property

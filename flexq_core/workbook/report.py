@@ -62,7 +62,8 @@ def accuracy_table(records: pd.DataFrame) -> pd.DataFrame:
 _PARTS = ("loss_nats/", "weight_sqnr_db/", "output_sqnr_db/", "layers_on/", "difference_from_")
 """Metrics of parts of a text, for comparing methods, of single layers, and of the kernels that a batch runs on."""
 _CASE = {"backend": "", "outliers": 0.0, "dataset": ""}
-_OWN = {*_CASE, "plan_sha256", "calibration_windows", "scales", "task"}
+_CALIBRATION = {"calibration", "calibration_sha256", "calibration_windows", "calibration_window_length"}
+_OWN = {*_CASE, *_CALIBRATION, "plan_sha256", "scales", "task"}
 """Parameters in which rows of one table may differ; what differs otherwise is not compared."""
 
 

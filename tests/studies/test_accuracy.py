@@ -31,6 +31,8 @@ from flexq_core.studies.accuracy import (
 from flexq_core.studies.parameters import resolved_backends
 from flexq_core.studies.sensitivity import SensitivityStudy
 from flexq_core.workbook import paths
+from flexq_core.workbook.records import load_records
+from flexq_core.workbook.report import accuracy_table
 from tests.models import tiny_model
 from tests.runs import run_of
 
@@ -321,7 +323,10 @@ def test_what_is_calibrated_on_and_asked_decides_a_record(tmp_path):
     study = a_study(tmp_path, methods="smoothquant-w6a6,w6a6")
     text = study.calibration_text
     calibrated = study._inputs("smoothquant-w6a6", "simulate")
-    assert calibrated["calibration_sha256"] == text.sha256 and calibrated["window_length"] == study.window_length
+    assert (
+        calibrated["calibration_sha256"] == text.sha256
+        and calibrated["calibration_window_length"] == study.window_length
+    )
     assert "calibration_sha256" not in study._inputs("w6a6", "simulate")
     assert study._task_inputs("continuation")["data_sha256"] == data.demo.held_out_text().sha256
     assert "data_sha256" not in study._task_inputs("piqa")  # the hub's
@@ -347,3 +352,15 @@ def test_a_text_that_is_not_there_is_said_before_a_model_is_fetched(tmp_path, mo
     monkeypatch.setattr(f"{study.__module__}.load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(data.DataError, match=text):
         study(run_of("02_accuracy", tmp_path), **{"model": "demo-opt"} | parameters)
+
+
+def test_what_is_calibrated_stands_in_one_table_with_the_rest(tmp_path):
+    study = a_study(
+        tmp_path, methods="fp16,smoothquant-w6a6,w6a6", scales="absmax,output", tasks="continuation", task_limit=2
+    )
+    cases = {(study.label(method), backend) for method, backend in study.cases()}
+    study.table()
+    table = accuracy_table(load_records(tmp_path))
+    assert set(table[["method", "backend"]].itertuples(index=False, name=None)) == cases and len(cases) == 5
+    assert table["change_percent"].notna().all()
+    assert set(table.loc[table["accuracy"].notna(), "method"]) == {"fp32", "smoothquant-w6a6", "w6a6"}
