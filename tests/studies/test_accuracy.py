@@ -361,6 +361,6 @@ def test_what_is_calibrated_stands_in_one_table_with_the_rest(tmp_path):
     cases = {(study.label(method), backend) for method, backend in study.cases()}
     study.table()
     table = accuracy_table(load_records(tmp_path))
-    assert set(table[["method", "backend"]].itertuples(index=False, name=None)) == cases and len(cases) == 5
+    assert set(table[["method", "backend"]].itertuples(index=False, name=None)) == cases and len(cases) == 4
     assert table["change_percent"].notna().all()
     assert set(table.loc[table["accuracy"].notna(), "method"]) == {"fp32", "smoothquant-w6a6", "w6a6"}
