@@ -113,7 +113,14 @@ def test_one_hot_activations_return_every_code_bit_for_bit(backend, activation_b
     exactness.returns_every_code_bit_for_bit(partial(linear, backend=backend), tokens, activation_bits)
 
 
+@pytest.fixture(scope="module")
+def every_width():
+    """Bit planes of every width, compiled side by side: one by one they take a minute."""
+    cuda.build_ahead([(weight_bits, 2) for weight_bits in range(2, 9)], torch.device("cuda"))
+
+
 @gpu
+@pytest.mark.usefixtures("every_width")
 @pytest.mark.parametrize("activation_bits", range(2, 9))
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 def test_bit_planes_are_exact_in_every_combination_of_bits(weight_bits, activation_bits):
