@@ -177,17 +177,19 @@ def test_what_processes_cannot_share_is_refused(architecture, count, text):
     [
         ("cpu", "2", "2 of 4 processes are on this machine; accepted: all of them"),
         ("cuda", "4", "4 processes on 1 GPUs; accepted: at most one a GPU"),
+        (
+            "cpu",
+            "",
+            "WORLD_SIZE is 4, and LOCAL_WORLD_SIZE is not set; accepted: processes that torchrun starts, or one",
+        ),
     ],
 )
 def test_processes_that_cannot_join_are_refused(monkeypatch, capsys, device, here, text):
     for name, value in (("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", here), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match=text), processes.joined(device):
         pytest.fail("joined")
-    if here == "2":
-        monkeypatch.delenv("LOCAL_WORLD_SIZE")
-        text = "WORLD_SIZE is 4, and LOCAL_WORLD_SIZE is not set; accepted: processes that torchrun starts, or one"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     monkeypatch.setattr(command, "_measure", lambda *_: pytest.fail("measured"))
     assert command.main([]) == 1 and capsys.readouterr().err == f"{text}\n"

@@ -21,8 +21,9 @@ MISSING, NOT_BUILT, NONE = "not installed", "not built yet: compiled on first us
 HUB_SECONDS = 3
 CACHE_SECONDS = 5
 GIB = 2**30
-_AVX2, _AVX512 = ("avx2", "fma", "f16c"), ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi")
-_FLAGS = (*_AVX2, *_AVX512, "amx_tile", "amx_int8")
+_FLAGS = (
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi", "amx_tile", "amx_int8",
+)  # fmt: skip
 """Of /proc/cpuinfo, those that the CPU kernel's paths ask for (kernels/cpu/*.h, `available`)."""
 
 

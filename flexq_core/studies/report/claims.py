@@ -249,8 +249,7 @@ def _end_to_end_claim(model: str, method: str, rival: str, quantity: str) -> Cla
                 told.append(f"{row.output_tokens} tokens: {ratio:.2f}× against {printed:.2f}×")
         return _settle(cases, _on(card, told), _not_timed(model))
 
-    than = f"{QUANTITIES[quantity][1]} {rival}"
-    text = f"{model}: FlexQ is {stated:.2f}× {than} on average, and at each of four output lengths as it is told there"
+    text = f"{model}: FlexQ is {stated:.2f}× {QUANTITIES[quantity][1]} {rival}, the mean of four output lengths, judged at each"
     return Claim(text, END_TO_END_FIGURE, judge)
 
 
