@@ -22,8 +22,9 @@
 // two teams share up to 4224 outputs in pairs: 4096 x 4096 with 64 tokens takes 7.2 us, of which the weights' bytes are 3.0, and took 8.2
 // in clusters of three. Of tiles of 64 for most multiprocessors three teams take one alone, and exchange in their block: 8192 x 8192
 // takes 15.6 us, and took 17.8 in pairs. Fewer blocks alone are bound by what one takes in, some 80 GB/s. Of up to two tiles of 64 for a
-// multiprocessor two teams take one alone in half of its shared memory: 13824 x 5120 takes 16.9 us, and took 19.2 in pairs of 128. Tried
-// for the exchange: sums sent without meeting before (st.async into room of their own), 1% of the time.
+// multiprocessor two teams take one alone in half of its shared memory: 13824 x 5120 takes 16.9 us, and took 19.2 in pairs of 128. With 16
+// tokens three teams share up to 4224 outputs in pairs: 4096 x 4096 takes 6.0 us, and took 6.2, and 7168 x 7168, alone, 11.3 and 12.4.
+// Tried for the exchange: sums sent without meeting before (st.async into room of their own), 1% of the time.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -494,17 +495,22 @@ struct Variant {
   static constexpr bool kSmallTeams = kTeams > 1 && Parts::kBlocksAtOnce == 2;
   static constexpr float kSharedGroups = kTokens == 256      ? 7.7f
                                          : kSmallTeams       ? 7.6f
-                                         : kTeams > 1        ? 16.0f
+                                         : kTeams > 1        ? (kTokens == 16 ? 9.0f : 16.0f)
                                          : kRows == 192      ? 8.0f
                                          : Parts::kManyTiles ? 8.6f
                                                              : 7.0f;
   static constexpr float kHalfTime = 0.59f;  // of a shared tile's, by halves
-  // Two teams are in clusters, or alone in small blocks; three alone, where there are blocks for half of the multiprocessors, and the more
-  // the longer the rows, of kAllGroups for all: with 64 tokens 7168 x 28672 takes 7% longer so, in 112 blocks, 6656 x 17920 in 104 blocks
-  // 4% less, 5120 x 13824 in 80 blocks 13% longer, and 5120 x 5120 3% less.
-  static constexpr bool kAlone = kTeams == 3 || kSmallTeams;
-  static constexpr int kLeastSplit = kTeams > 1 && !kAlone ? 2 : 1, kMostSplit = kAlone ? 1 : kMostParts / kTeams;
+  // Two teams are in clusters, or alone in small blocks; three alone, and with 16 tokens, whose sums are few, in pairs, too.
+  static constexpr bool kAlone = kSmallTeams || (kTeams == 3 && kTokens > 16);
+  static constexpr int kLeastSplit = kTeams == 2 && !kAlone ? 2 : 1, kMostSplit = kAlone ? 1 : kMostParts / kTeams;
   static constexpr float kAllGroups = 320;
+
+  // Whether three teams take tiles alone: where there are blocks for half of the multiprocessors, and the more the longer the rows, of
+  // kAllGroups for all; or of rows that are too short for pairs. With 64 tokens 7168 x 28672 takes 7% longer so, in 112 blocks, 6656 x
+  // 17920 in 104 blocks 4% less, 5120 x 13824 in 80 blocks 13% longer, 5120 x 5120 3% less, and 4096 x 1536 in 64 blocks 22% less.
+  static bool three_alone(int tiles, int groups, int multiprocessors) {
+    return groups <= 2 * kLeastGroups || 2 * tiles >= (1 + groups / kAllGroups) * multiprocessors;
+  }
 
   static int token_tiles(const Linear& p) { return (p.tokens + kTokens - 1) / kTokens; }
   static int tiles(const Linear& p) { return (p.outputs + kRows - 1) / kRows * token_tiles(p); }
@@ -525,7 +531,7 @@ struct Variant {
       const int at_once = clusters(split), count = tiles(p);
       if (at_once == 0) break;
       const int rounds = (count + at_once - 1) / at_once;
-      if (split < kLeastSplit || (kTeams == 3 && 2 * count < (1 + p.groups / kAllGroups) * at_once)) continue;
+      if (split < kLeastSplit || (kTeams == 3 && split == 1 && !three_alone(count, p.groups, at_once))) continue;
       if (kTeams == 1 && split == 1) {
         consider(1, Parts::kManyTiles ? rounds : 0, false, rounds * alone);
         continue;
@@ -564,7 +570,9 @@ Plan fastest(const Linear& p, int token_tiles) {
   if (device_attribute("w6ax_wgmma", cudaDevAttrComputeCapabilityMajor) != 9)
     throw std::invalid_argument("w6ax_wgmma needs a card of compute capability 9; this one has imma and bmma");
   switch (token_tiles) {  // with few tokens small blocks, two at once, or a large one, which takes many tiles
-    case 2: return fastest_of<Variant<128, 16, 16, 5, 570>, Variant<128, 16, 16, 14, 345>>(p);
+    case 2:
+      return fastest_of<Variant<64, 16, 16, 10, 300, 2>, Variant<64, 16, 16, 21, 170, 3>, Variant<128, 16, 16, 5, 570>,
+                        Variant<128, 16, 16, 14, 345>>(p);
     case 4:
       return fastest_of<Variant<64, 32, 32, 8, 320, 2>, Variant<64, 32, 32, 18, 190, 2>, Variant<64, 32, 32, 18, 160, 3>,
                         Variant<128, 32, 32, 5, 590>, Variant<128, 32, 32, 12, 380>>(p);
