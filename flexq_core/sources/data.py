@@ -37,6 +37,11 @@ class HubText:
     rows: int | None = None
     revision: str | None = None
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Splits of a folder that are scored, the best first."""
+        return (self.score, "test", "validation")
+
 
 HUB_TEXTS = {
     "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "test", "train"),
@@ -83,7 +88,7 @@ def evaluation_text(dataset: str, data_dir: str = "") -> Text:
         return demo.held_out_text()
     hub = _require_known(dataset)
     if data_dir:
-        return _local_text(dataset, data_dir, (hub.score, "test", "validation"))
+        return _local_text(dataset, *_local_files(dataset, data_dir, hub.scored))
     return _hub_text(dataset, hub.score)
 
 
@@ -97,12 +102,8 @@ def calibration_text(dataset: str, data_dir: str = "") -> Text:
     hub = _require_known(dataset)
     if not data_dir:
         return _hub_text(dataset, hub.calibrate)
-    try:
-        _local_files(dataset, data_dir, (hub.calibrate,))
-    except DataError:
-        evaluation_text(dataset, data_dir)  # raises where the folder is no good at all
-        return demo.calibration_text()
-    return _local_text(dataset, data_dir, (hub.calibrate,))  # raises where the split is there and cannot be read
+    files, split = _local_files(dataset, data_dir, (hub.calibrate, *hub.scored))
+    return _local_text(dataset, files, split) if split == hub.calibrate else demo.calibration_text()
 
 
 def require_text(dataset: str, data_dir: str = "") -> None:
@@ -111,7 +112,7 @@ def require_text(dataset: str, data_dir: str = "") -> None:
         return
     hub = _require_known(dataset)
     if data_dir:
-        _local_files(dataset, data_dir, (hub.score, "test", "validation"))
+        _local_files(dataset, data_dir, hub.scored)
 
 
 def _require_known(dataset: str) -> HubText:
@@ -141,20 +142,19 @@ def _local_files(name: str, folder: str, splits: tuple[str, ...]) -> tuple[list[
         raise DataError(str(error)) from error
 
 
-def _local_text(name: str, folder: str, splits: tuple[str, ...]) -> Text:
-    files, split = _local_files(name, folder, splits)
+def _local_text(name: str, files: list[Path], split: str) -> Text:
     origin = f"{', '.join(path.name for path in files)} ({split})"
     if files[0].suffix == ".txt":  # running text, not a row a line
         try:
             text = "\n\n".join(path.read_text(encoding="utf-8") for path in files)
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {origin} in {folder!r}: {error}") from error
+            raise DataError(f"cannot read {origin} in {str(files[0].parent)!r}: {error}") from error
         found = Text.of(name, text, origin=origin)
     else:
         rows = _load(
             local.builder_arguments(files, split),
             split,
-            f"cannot read {origin} in {folder!r}",
+            f"cannot read {origin} in {str(files[0].parent)!r}",
             "It may be truncated: fetch it again",
         )
         found = _joined(name, rows, HUB_TEXTS[name], origin)

@@ -9,11 +9,7 @@ from flexq_core.sources.tasks import PAPER_TASKS
 
 def held_by(data_dir: str) -> list[str]:
     """Their names, in the paper's order; none where there is no such folder. No file is opened."""
-    held = []
-    for name in (*HUB_TEXTS, *PAPER_TASKS) if data_dir else ():
-        try:
-            local.find_split(data_dir, name, ("",))
-            held.append(name)
-        except local.LocalDataError:
-            continue
-    return held
+    try:
+        return [name for name in (*HUB_TEXTS, *PAPER_TASKS) if data_dir and local.dataset_files(data_dir, name)]
+    except local.LocalDataError:
+        return []

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from flexq_core.files.tensors import BESIDE_WEIGHTS
+from flexq_core.sources import local
 from flexq_core.sources.architectures import ARCHITECTURES
 from flexq_core.sources.demo import DEMO_MODELS, demo_path
 from flexq_core.sources.on_disk import ModelOnDisk
@@ -321,11 +322,7 @@ def _fingerprint(place: str) -> str:
     if not folder.is_dir():
         cached = _cached_folder(place)
         return f"{place}@{cached.name if cached else 'unknown'}"
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"
+    return f"sha256:{local.sha256([folder / 'config.json', *sorted(folder.glob('*.safetensors'))])}"
 
 
 @contextmanager

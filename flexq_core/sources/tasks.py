@@ -6,7 +6,6 @@ network: which of four continuations follows?
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import random
@@ -158,11 +157,7 @@ def data_sha256(name: str, data_dir: str = "") -> str:
         return demo.held_out_text().sha256
     if not data_dir:
         return ""
-    digest = hashlib.sha256()
-    for file in _local_files(name, data_dir)[0]:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    return local.sha256(_local_files(name, data_dir)[0])
 
 
 def _local_files(name: str, data_dir: str) -> tuple[list[Path], str]:

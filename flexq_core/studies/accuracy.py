@@ -39,13 +39,11 @@ from flexq_core.runtime.convert import (
 )
 from flexq_core.runtime.fuse import fuse_
 from flexq_core.runtime.streaming import hidden_state_bytes, logits_block_by_block
-from flexq_core.sources import data
 from flexq_core.sources import tasks as zero_shot
-from flexq_core.sources.demo import DEMO_MODELS
-from flexq_core.sources.models import LoadedModel, load_model, locate_model
-from flexq_core.sources.outliers import inject_outliers, require_strength
+from flexq_core.sources.models import locate_model
 from flexq_core.studies import accuracy_agreement, accuracy_scales, baselines
 from flexq_core.studies.parameters import names, require_at_least, resolved_backends
+from flexq_core.studies.scored_model import ScoredModel
 from flexq_core.workbook import figures
 from flexq_core.workbook.machine import provenance
 from flexq_core.workbook.records import Measurement, Skipped
@@ -166,7 +164,7 @@ def _fall(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[floa
     return math.log(before["perplexity"] / after["perplexity"]), error
 
 
-class AccuracyStudy:
+class AccuracyStudy(ScoredModel):
     """One model, one text, several methods: measures each once and keeps the records.
 
     run: the workbook run whose records and parameters are used.  model, dataset, windows, window_length, tasks,
@@ -196,7 +194,6 @@ class AccuracyStudy:
         seed: int = 0,
     ) -> None:
         locate_model(model)
-        self.run = run
         self.methods = names(methods, METHODS, "method") + ([plan] if plan else [])
         self.custom_plan = read_plan(plan) if plan else None
         self.backends = resolved_backends(backends, run.device)
@@ -205,9 +202,7 @@ class AccuracyStudy:
         self.tasks = names(tasks, None, "task")
         zero_shot.require_tasks(self.tasks)
         zero_shot.require_local_tasks(self.tasks, data_dir)
-        require_at_least(0, windows=windows, window_length=window_length, task_limit=task_limit, seed=seed)
-        require_at_least(1, batch_size=batch_size)
-        require_strength(outliers)
+        require_at_least(0, task_limit=task_limit)
         if layer_by_layer and outliers:
             raise ValueError(
                 f"outliers is {outliers} with layer_by_layer; accepted: 0, as outliers want the whole model"
@@ -216,51 +211,28 @@ class AccuracyStudy:
             raise ValueError(
                 f"methods is {methods!r} with layer_by_layer; accepted: one that is none of {', '.join(WHOLE_MODEL)}"
             )
-        self.dataset = data.default_dataset(model in DEMO_MODELS) if dataset == "auto" else dataset
-        data.require_text(self.dataset, data_dir)
-        self.layer_by_layer = layer_by_layer
-        self.loaded: LoadedModel = load_model(model, device=run.device, blocks_on_disk=layer_by_layer)
-        self.outliers, self.seed, self.batch_size, self.task_limit = outliers, seed, batch_size, task_limit
-        self.data_dir = data_dir
-        self.window_length = window_length or min(2048, self.loaded.context_length)
-        self.text = data.evaluation_text(self.dataset, data_dir)
-        ids = data.token_ids(self.loaded.tokenizer, self.text)
-        self.characters_per_token = len(self.text.text) / len(ids)
-        self.rows = data.windows(ids, self.window_length, windows or data.DEFAULT_WINDOWS.get(self.dataset, 0))
+        super().__init__(
+            run,
+            model=model,
+            dataset=dataset,
+            data_dir=data_dir,
+            windows=windows,
+            window_length=window_length,
+            calibration_windows=CALIBRATION_WINDOWS,
+            outliers=outliers,
+            batch_size=batch_size,
+            seed=seed,
+            blocks_on_disk=layer_by_layer,
+        )
+        self.layer_by_layer, self.task_limit = layer_by_layer, task_limit
         if self.custom_plan:
             resolve_plan(self.custom_plan, self.loaded.model)
-
-    @cached_property
-    def model(self) -> nn.Module:
-        """The model as it is scored: with the outliers that were asked for."""
-        return inject_outliers(self.loaded.model, self.outliers, seed=self.seed) if self.outliers else self.loaded.model
 
     @property
     def calibrates(self) -> bool:
         """Whether any case looks at the calibration text."""
         found = [accuracy_scales.of_method(method) for method, _ in self.cases()]
         return any(name in WHOLE_MODEL or scales == "output" for name, scales in found)
-
-    @cached_property
-    def calibration_text(self) -> data.Text:
-        """A text of the scored one's kind that shares nothing with it."""
-        return data.calibration_text(self.dataset, self.data_dir)
-
-    @cached_property
-    def calibration(self) -> Tensor:
-        """[W, T] token ids of the calibration text."""
-        ids = data.token_ids(self.loaded.tokenizer, self.calibration_text)
-        return data.windows(ids, self.window_length, CALIBRATION_WINDOWS)
-
-    @property
-    def calibration_inputs(self) -> dict[str, Any]:
-        """What decides what is calibrated, as a record's parameters."""
-        return {
-            "calibration": self.dataset,
-            "calibration_sha256": self.calibration_text.sha256,
-            "calibration_windows": CALIBRATION_WINDOWS,
-            "calibration_window_length": self.window_length,
-        }
 
     @cached_property
     def moments(self) -> dict[str, Tensor]:
@@ -313,7 +285,7 @@ class AccuracyStudy:
         shared = {"model": self.loaded.name, "method": self.label(method), "seed": self.seed}
         records = once(
             **shared,
-            parameters=self._inputs(method, backend) | self._text_inputs(),
+            parameters=self._inputs(method, backend) | self.text_inputs,
             # Equal bit for bit, so that a record of the one is a record of the other.
             compute=lambda: (
                 self._score_by_layer(method, backend, label) if self.layer_by_layer else self._score(quantised(), label)
@@ -322,14 +294,14 @@ class AccuracyStudy:
         for task in self.tasks if self._answers_tasks(method, backend) else []:
             records |= once(
                 **shared,
-                parameters=self._inputs(method, backend) | self._task_inputs(task),
+                parameters=self._inputs(method, backend) | self._task_inputs[task],
                 compute=lambda task=task: self._score_task(quantised(), task),
             )
         if self._has_kernels(method, backend):
             batch = {"batch_size": self.batch_size, "device": provenance(self.run.device)["device"]}
             records |= once(
                 **shared,
-                parameters=self._inputs(method, backend) | self._text_inputs() | batch,
+                parameters=self._inputs(method, backend) | self.text_inputs | batch,
                 compute=lambda: accuracy_agreement.agreement(quantised(), self.rows[: self.batch_size]),
             )
         return {m: record.reason if m == "skipped" else record.value for m, record in records.items()}
@@ -345,10 +317,9 @@ class AccuracyStudy:
         That is the last one with scales by absmax, where there is such a one.
         """
         name = accuracy_scales.of_method(method)[0]
-        scales_and_case = [(accuracy_scales.of_method(case[0]), case) for case in self.cases()]
-        mine = [(scales, case) for (other, scales), case in scales_and_case if other == name]
-        usual = [case for scales, case in mine if scales == SCALES[0]] or [case for _, case in mine]
-        return (method, backend) == usual[-1]
+        split = [(*accuracy_scales.of_method(case[0]), case) for case in self.cases()]
+        mine = [(scales == SCALES[0], case) for other, scales, case in split if other == name]
+        return (method, backend) == sorted(mine, key=lambda each: each[0])[-1][1]
 
     def build(self, method: str, backend: str) -> nn.Module:
         """The model under this method and backend; the original for `fp16`. Raises Skipped where there is no whole model."""
@@ -403,11 +374,7 @@ class AccuracyStudy:
 
     def _inputs(self, method: str, backend: str) -> dict[str, Any]:
         """Everything that decides a case's numbers but the text, as plain values."""
-        inputs = {
-            "backend": backend,
-            **self.loaded.inputs,
-            "outliers": self.outliers,
-        }
+        inputs = {"backend": backend, **self.model_inputs}
         name, scales = accuracy_scales.of_method(method)
         if scales != SCALES[0]:
             inputs["scales"] = scales
@@ -417,17 +384,14 @@ class AccuracyStudy:
             inputs |= self.calibration_inputs
         return inputs
 
-    def _text_inputs(self) -> dict[str, Any]:
+    @cached_property
+    def _task_inputs(self) -> dict[str, dict[str, Any]]:
+        """What decides a task's score, by task."""
+        digests = {task: zero_shot.data_sha256(task, self.data_dir) for task in self.tasks}
         return {
-            "dataset": self.dataset,
-            "text_sha256": self.text.sha256,
-            "windows": len(self.rows),
-            "window_length": self.window_length,
-        } | ({"tokenised": True} if data.is_tokenised(self.text) else {})
-
-    def _task_inputs(self, task: str) -> dict[str, Any]:
-        digest = zero_shot.data_sha256(task, self.data_dir)
-        return {"task": task, "task_limit": self.task_limit} | ({"data_sha256": digest} if digest else {})
+            task: {"task": task, "task_limit": self.task_limit} | ({"data_sha256": digest} if digest else {})
+            for task, digest in digests.items()
+        }
 
     def _score(self, model: nn.Module, label: str) -> dict[str, Measurement]:
         start = time.perf_counter()

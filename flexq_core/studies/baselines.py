@@ -60,7 +60,7 @@ def smooth_quant(
     for such a model unless given.
     """
     if smoothing is None:
-        smoothing = _SMOOTHING_OF.get(model.config.model_type, SMOOTHING)
+        smoothing = smoothing_of(model)
     smoothed = copy.deepcopy(model)
     pairs = norm_pairs(model)
     absmax = _input_absmax(model, [pair.consumers[0] for pair in pairs], calibration)
@@ -71,7 +71,12 @@ def smooth_quant(
     return round_to_nearest(smoothed, weight_bits=weight_bits, activation_bits=activation_bits)
 
 
-def smoothing_factors(absmax: Tensor, weights: Sequence[Tensor], smoothing: float = SMOOTHING) -> Tensor:
+def smoothing_of(model: nn.Module) -> float:
+    """The migration strength α that SmoothQuant's authors use for a transformers model of such a type."""
+    return _SMOOTHING_OF.get(model.config.model_type, SMOOTHING)
+
+
+def smoothing_factors(absmax: Tensor, weights: Sequence[Tensor], smoothing: float) -> Tensor:
     """SmoothQuant's factors s_j = max|x_j|^α / max|w_j|^(1-α) between a norm and its readers (its equation 4): [K] float32.
 
     absmax: [K] float32, the largest magnitude of every channel of the norm's output.  weights: the readers', [N, K] each.

@@ -36,12 +36,10 @@ from flexq_core.quant.layers import linear_layers
 from flexq_core.quant.quantize import fake_quantize
 from flexq_core.runtime import ops
 from flexq_core.runtime.convert import quantize_model, replace_linear_layers
-from flexq_core.sources import data
-from flexq_core.sources.demo import DEMO_MODELS
-from flexq_core.sources.models import load_model, locate_model
-from flexq_core.sources.outliers import inject_outliers, require_strength
+from flexq_core.sources.models import locate_model
 from flexq_core.studies.accuracy import order_of, perplexity
-from flexq_core.studies.parameters import one_of, require_at_least
+from flexq_core.studies.parameters import one_of
+from flexq_core.studies.scored_model import ScoredModel
 from flexq_core.workbook import figures, paths
 from flexq_core.workbook.records import Measurement, write_atomically
 
@@ -201,7 +199,7 @@ class Predictions:
         return self.model(input_ids=batch.to(device), use_cache=False).logits[:, :-1]
 
 
-class SensitivityStudy:
+class SensitivityStudy(ScoredModel):
     """One model's layers, measured one by one and by kind, and the plan that they make.
 
     run: the workbook run whose records are used.  The parameters are the notebook's.
@@ -226,42 +224,25 @@ class SensitivityStudy:
         seed: int = 0,
     ) -> None:
         locate_model(model)
-        self.run = run
         self.backend = ops.resolve_backend(backend, run.device)
         if not 0 <= budget <= 1:
             raise ValueError(f"budget is {budget}; accepted: 0 (as much as the paper's rule takes) to 1")
         self.score = one_of(score, SCORES, "score")
-        require_at_least(0, windows=windows, window_length=window_length, seed=seed)
-        require_at_least(1, batch_size=batch_size, calibration_windows=calibration_windows)
-        require_strength(outliers)
-        self.dataset = data.default_dataset(model in DEMO_MODELS) if dataset == "auto" else dataset
-        data.require_text(self.dataset, data_dir)
-        self.loaded = load_model(model, device=run.device)
-        self.outliers, self.seed, self.batch_size = outliers, seed, batch_size
-        self.window_length = window_length or min(2048, self.loaded.context_length)
-        self.text = data.evaluation_text(self.dataset, data_dir)
-        ids = data.token_ids(self.loaded.tokenizer, self.text)
-        self.rows = data.windows(ids, self.window_length, windows or data.DEFAULT_WINDOWS.get(self.dataset, 0))
-        self.data_dir, self.calibration_windows = data_dir, calibration_windows
+        super().__init__(
+            run,
+            model=model,
+            dataset=dataset,
+            data_dir=data_dir,
+            windows=windows,
+            window_length=window_length,
+            calibration_windows=calibration_windows,
+            outliers=outliers,
+            batch_size=batch_size,
+            seed=seed,
+        )
         self.macs = multiply_accumulates(self.loaded.model)
         self.rule = PrecisionPlan.from_rule(RULE, self.macs.index)
         self.budget = budget or share_at_eight_bits(self.rule, self.macs)
-
-    @cached_property
-    def model(self) -> nn.Module:
-        """The model as it is measured: with the outliers that were asked for."""
-        return inject_outliers(self.loaded.model, self.outliers, seed=self.seed) if self.outliers else self.loaded.model
-
-    @cached_property
-    def calibration_text(self) -> data.Text:
-        """A text of the scored one's kind that shares nothing with it."""
-        return data.calibration_text(self.dataset, self.data_dir)
-
-    @cached_property
-    def calibration(self) -> Tensor:
-        """[W, T] token ids of the calibration text."""
-        ids = data.token_ids(self.loaded.tokenizer, self.calibration_text)
-        return data.windows(ids, self.window_length, self.calibration_windows)
 
     @cached_property
     def rounded_model(self) -> nn.Module:
@@ -352,7 +333,7 @@ class SensitivityStudy:
             f"rank_correlation/{column}": Measurement(rank_correlation(layers[column], layers["kl_nats"]), "1")
             for column in ("predicted_kl_a6_nats", "relative_error_a6")
         }
-        found = self._once("one pass against end to end", self._inputs() | self._calibration_inputs(), lambda: measured)
+        found = self._once("one pass against end to end", self.model_inputs | self.calibration_inputs, lambda: measured)
         return {metric.split("/")[1]: value for metric, value in found.items()}
 
     def _one_pass(self) -> dict[str, dict[str, float]]:
@@ -370,7 +351,7 @@ class SensitivityStudy:
             }
 
         found: dict[str, dict[str, float]] = {}
-        for name, value in self._once("one pass", self._inputs() | self._calibration_inputs(), measured).items():
+        for name, value in self._once("one pass", self.model_inputs | self.calibration_inputs, measured).items():
             metric, layer = name.split("/", 1)
             found.setdefault(layer, {})[metric] = value
         return found
@@ -380,7 +361,7 @@ class SensitivityStudy:
             kl, change = self.predictions.rounded(bits)
             return {"kl_nats": Measurement(kl, "nat"), "loss_change_nats": Measurement(change, "nat")}
 
-        inputs = self._inputs() | self._calibration_inputs() | {"activation_bits": _digest(sorted(bits.items()))}
+        inputs = self.model_inputs | self.calibration_inputs | {"activation_bits": _digest(sorted(bits.items()))}
         return self._once(f"rounded: {name}", inputs, measured)
 
     def _perplexity(self, name: str, plan: PrecisionPlan) -> dict[str, float]:
@@ -389,13 +370,12 @@ class SensitivityStudy:
             return perplexity(model, self.rows, batch_size=self.batch_size).measurements()
 
         eight = [layer for layer, bits in plan.layers.items() if bits.activation_bits == 8]
-        inputs = self._inputs() | {
+        inputs = {
+            **self.model_inputs,
+            **self.text_inputs,
             "eight_bits": _digest(eight),
             "share": share_at_eight_bits(plan, self.macs),
             "backend": self.backend,
-            "dataset": self.dataset,
-            "text_sha256": self.text.sha256,
-            "windows": len(self.rows),
         }
         return self._once(f"curve: {name}", inputs, measured)
 
@@ -404,16 +384,6 @@ class SensitivityStudy:
             model=self.loaded.name, method=method, parameters=parameters, seed=self.seed, compute=compute
         )
         return {metric: record.value for metric, record in records.items()}
-
-    def _inputs(self) -> dict[str, Any]:
-        return {**self.loaded.inputs, "outliers": self.outliers, "window_length": self.window_length}
-
-    def _calibration_inputs(self) -> dict[str, Any]:
-        return {
-            "calibration": self.dataset,
-            "calibration_sha256": self.calibration_text.sha256,
-            "calibration_windows": self.calibration_windows,
-        }
 
 
 def rank_correlation(first: pd.Series, second: pd.Series) -> float:

@@ -503,13 +503,14 @@ struct Variant {
   // Two teams are in clusters, or alone in small blocks; three alone, and with 16 tokens, whose sums are few, in pairs, too.
   static constexpr bool kAlone = kSmallTeams || (kTeams == 3 && kTokens > 16);
   static constexpr int kLeastSplit = kTeams == 2 && !kAlone ? 2 : 1, kMostSplit = kAlone ? 1 : kMostParts / kTeams;
-  static constexpr float kAllGroups = 320;
+  static constexpr float kAllGroups = kTokens == 16 ? 100 : 320;
 
   // Whether three teams take tiles alone: where there are blocks for half of the multiprocessors, and the more the longer the rows, of
   // kAllGroups for all; or of rows that are too short for pairs. With 64 tokens 7168 x 28672 takes 7% longer so, in 112 blocks, 6656 x
-  // 17920 in 104 blocks 4% less, 5120 x 13824 in 80 blocks 13% longer, 5120 x 5120 3% less, and 4096 x 1536 in 64 blocks 22% less.
+  // 17920 in 104 blocks 4% less, 5120 x 13824 in 80 blocks 13% longer, 5120 x 5120 3% less, and 4096 x 1536 in 64 blocks 22% less; with 16
+  // tokens 5120 x 5120 takes 6% longer, and in 96 blocks 6144 x 8192 4% longer, but 6144 x 4096 14% less.
   static bool three_alone(int tiles, int groups, int multiprocessors) {
-    return groups <= 2 * kLeastGroups || 2 * tiles >= (1 + groups / kAllGroups) * multiprocessors;
+    return groups <= 2 * kLeastGroups || 2 * tiles >= std::min(1 + groups / kAllGroups, 1.9f) * multiprocessors;
   }
 
   static int token_tiles(const Linear& p) { return (p.tokens + kTokens - 1) / kTokens; }

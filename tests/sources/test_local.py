@@ -96,6 +96,10 @@ def test_a_train_split_that_cannot_be_read_is_not_taken_for_an_absent_one(tmp_pa
     (tmp_path / "c4_train.parquet").write_bytes(b"PAR1 cut short")
     with pytest.raises(data.DataError, match=r"cannot read c4_train.parquet \(train\).*fetch it again"):
         data.calibration_text("c4", str(tmp_path))
+    for folder in ("one", "other"):
+        write(tmp_path, f"{folder}/c4_train.parquet")
+    with pytest.raises(data.DataError, match=r"fit in several folders: \., one, other; accepted: one of them$"):
+        data.calibration_text("c4", str(tmp_path))
 
 
 def test_the_hubs_ptb_is_read_from_the_files_that_the_hub_made_of_its_program(monkeypatch):

@@ -328,14 +328,15 @@ def test_what_is_calibrated_on_and_asked_decides_a_record(tmp_path):
         and calibrated["calibration_window_length"] == study.window_length
     )
     assert "calibration_sha256" not in study._inputs("w6a6", "simulate")
-    assert study._task_inputs("continuation")["data_sha256"] == data.demo.held_out_text().sha256
-    assert "data_sha256" not in study._task_inputs("piqa")  # the hub's
-    study.data_dir = str(tmp_path)
+    asked = a_study(tmp_path, methods="w6a6", tasks="continuation,piqa")._task_inputs
+    assert asked["continuation"]["data_sha256"] == data.demo.held_out_text().sha256
+    assert "data_sha256" not in asked["piqa"]  # the hub's
     file = tmp_path / "piqa_validation.json"
     digests = set()
     for content in ("{}", '{"a": 1}'):
         file.write_text(content)
-        digests.add(study._task_inputs("piqa")["data_sha256"])
+        study = a_study(tmp_path, methods="w6a6", tasks="piqa", dataset="pydoc", data_dir=str(tmp_path))
+        digests.add(study._task_inputs["piqa"]["data_sha256"])
     assert len(digests) == 2
 
 
@@ -349,7 +350,7 @@ def test_what_is_calibrated_on_and_asked_decides_a_record(tmp_path):
     ],
 )
 def test_a_text_that_is_not_there_is_said_before_a_model_is_fetched(tmp_path, monkeypatch, study, parameters, text):
-    monkeypatch.setattr(f"{study.__module__}.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("flexq_core.studies.scored_model.load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(data.DataError, match=text):
         study(run_of("02_accuracy", tmp_path), **{"model": "demo-opt"} | parameters)
 

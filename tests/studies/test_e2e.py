@@ -288,14 +288,14 @@ def test_smoothing_moves_outliers_into_weights_and_leaves_the_model_alone(archit
     ranges.watch_(watched)
     watched(input_ids=ids)
     assert len(norms) == 2 and {name for name, _ in norms} <= set(ranges.norm_of.values())
-    found = smoothing.smoothed(model, ranges)
+    found = smoothing.smoothed(model, ranges, 0.5)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert all(
         isinstance(layer, linears.StaticInt8Linear) for layer in found.modules() if hasattr(layer, "weight_scale")
     )
     error = (found(input_ids=ids).logits - expected).norm() / expected.norm()
     ranges.norm_of.clear()  # nothing is smoothed
-    plain = (smoothing.smoothed(model, ranges)(input_ids=ids).logits - expected).norm() / expected.norm()
+    plain = (smoothing.smoothed(model, ranges, 0.5)(input_ids=ids).logits - expected).norm() / expected.norm()
     assert 2 * error < plain, (error, plain)
 
 
@@ -306,7 +306,7 @@ def test_smoothing_refuses_a_norm_that_adds_one_to_its_gain():
     ranges.watch_(watched)
     watched(input_ids=prompt())
     with pytest.raises(ValueError, match="GemmaRMSNorm computes something else after its channels were rescaled"):
-        smoothing.smoothed(model, ranges)
+        smoothing.smoothed(model, ranges, 0.5)
 
 
 def test_ranges_hold_no_activations_once_what_was_watched_is_gone():

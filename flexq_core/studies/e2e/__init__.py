@@ -40,6 +40,7 @@ from flexq_core.runtime.convert import quantize_model, read_plan, replace_linear
 from flexq_core.runtime.fuse import fuse_
 from flexq_core.sources import paper
 from flexq_core.sources.models import LoadedModel, load_model, locate_model, model_shape, random_model
+from flexq_core.studies.baselines import smoothing_of
 from flexq_core.studies.e2e import attention, linears, processes, smoothing
 from flexq_core.studies.e2e.decode import COMPILE_MODES, Engine, cache_bytes, total_ms
 from flexq_core.studies.e2e.linears import (
@@ -295,7 +296,8 @@ class EndToEndStudy:
             if not self.on_gpu:
                 raise Skipped("SmoothQuant's INT8 is timed on GPUs")
             linears.require_int8(layers)
-            return smoothing.smoothed(model, self._ranges, f"{name}." if name else "")
+            strength = smoothing_of(self.loaded.model)
+            return smoothing.smoothed(model, self._ranges, strength, f"{name}." if name else "")
         if method == "w8a16":
             linears.require_weight_only(layers)
             return replace_linear_layers(model, lambda _, linear: Int8WeightLinear(linear))

@@ -50,10 +50,11 @@ class Ranges:
                 part.register_forward_pre_hook(functools.partial(before_linear, prefix + name))
 
 
-def smoothed(model: nn.Module, ranges: Ranges, prefix: str = "") -> nn.Module:
+def smoothed(model: nn.Module, ranges: Ranges, smoothing: float, prefix: str = "") -> nn.Module:
     """A new model, or a new list of one block, with every linear layer of its blocks in INT8; what was given is left alone.
 
-    ranges: of the model.  prefix: of a block's name in its model, which is called `block.0.` here.
+    ranges: of the model.  smoothing: the migration strength α, see `baselines.smoothing_of`.  prefix: of a block's name in its
+    model, which is called `block.0.` here.
     What reads no norm is quantised as it is. Raises ValueError for a norm whose channels its parameters do not scale.
     """
     here = "block.0." if prefix else ""
@@ -65,7 +66,7 @@ def smoothed(model: nn.Module, ranges: Ranges, prefix: str = "") -> nn.Module:
     factors: dict[str, Tensor] = {}
     for norm, mine in readers.items():
         weights = [model.get_submodule(layers[full]).weight for full in mine]
-        factors[norm] = smoothing_factors(ranges.largest[mine[0]], weights)
+        factors[norm] = smoothing_factors(ranges.largest[mine[0]], weights, smoothing)
 
     def make(name: str, linear: nn.Linear) -> nn.Module:
         full = prefix + name.removeprefix(here)
