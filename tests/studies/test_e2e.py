@@ -94,11 +94,14 @@ def test_it_writes_what_transformers_writes(architecture):
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="on a processor this torch drops roundings it is told to keep")
-def test_a_compiled_step_rounds_as_the_eager_model_and_writes_its_tokens():
+def test_what_is_compiled_rounds_as_the_eager_model_and_writes_its_tokens():
     """In bfloat16, where a fused step that keeps float32 between operations goes another way after some ten tokens."""
     model = e2e._with_parameters_in(tiny_model("llama"), torch.bfloat16)
     expected = generate(model, prompt(), 48).tokens
-    assert torch.equal(Engine(model, 2, 7, 48, "default").generate(prompt()).tokens, expected)
+    engine = Engine(model, 2, 7, 48, "default")
+    assert torch.equal(engine.generate(prompt()).tokens, expected)
+    engine.compile_prefill()
+    assert torch.equal(engine.generate(prompt()).tokens, expected)
 
 
 def test_a_quantised_model_writes_what_transformers_writes():

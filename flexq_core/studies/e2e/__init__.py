@@ -428,6 +428,8 @@ class EndToEndStudy:
         choose = self.compile_mode == BEST_MODE
         engine = self._fastest_engine(model, backend) if choose else self._engine(model, self.compile_mode)
         mode = engine.compile_mode
+        if mode != "none":
+            engine.compile_prefill()
         self._warm_up(engine)
         if self.on_gpu:
             eager = self._engine(model, "none")

@@ -1,7 +1,7 @@
 """Greedy decoding, timed token by token: one engine for every method.
 
 On a GPU the prefill and the decode step are captured once each in a CUDA graph and replayed: nothing is launched, and nothing
-waits, between tokens. The step may be compiled by torch first, to round as the eager model does; the prefill never is.
+waits, between tokens. Both may be compiled by torch first, to round as the eager model does.
 On a processor both are called.
 """
 
@@ -22,6 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 COMPILE_MODES = ("none", "default", "max-autotune-no-cudagraphs")
 """How the decode step is compiled: not at all, or in this mode of torch.compile. Only the last tunes matrix products, which makes
 some methods faster and others slower."""
+
+_PREFILL_MODE = "default"
+"""Of torch.compile: a prefill's products are large, and the library's own choice is as good as one that is tuned for minutes."""
 
 _AS_EAGER = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
 """Settings of Inductor under which fused operations round between them as separate ones do, and divide exactly.
@@ -100,8 +103,9 @@ class Engine:
     """A model that decodes exactly `output_tokens` tokens after prompts of one shape, whatever the tokens are.
 
     model: a causal language model, on the device where it runs.  batch_size, prompt_tokens, output_tokens: 1 or more.
-    compile_mode: one of COMPILE_MODES; what other engines had compiled before is given up, and would be compiled anew.
-    `generate` may be called at once; `warm_up` and then `capture` first make it fast on a GPU.
+    compile_mode: of the step, one of COMPILE_MODES; what other engines had compiled before is given up, and would be compiled
+    anew.
+    `generate` may be called at once; `compile_prefill`, `warm_up` and then `capture` first make it fast on a GPU.
     """
 
     def __init__(
@@ -122,11 +126,16 @@ class Engine:
         self._at = torch.zeros(1, dtype=torch.long, device=device)  # of the token that the next step takes
         # OPT would ask the GPU how many positions there are; later ones are masked all the same.
         self._mask = torch.ones(batch_size, longest, dtype=torch.long, device=device)
+        self._launched_prefill: Callable[[], None] = self._run_prefill
         self._launched_step: Callable[[], None] = self._run_step
         if compile_mode != "none":
             torch.compiler.reset()  # after eight models of one code torch would compile no more
-            options = torch._inductor.list_mode_options(compile_mode) | _AS_EAGER
-            self._launched_step = torch.compile(self._run_step, fullgraph=True, dynamic=False, options=options)
+            self._launched_step = _compiled(self._run_step, compile_mode)
+        self.uncapture()
+
+    def compile_prefill(self) -> None:
+        """Have the prefill compiled, too, which takes as long again: not for an engine whose step is only tried."""
+        self._launched_prefill = _compiled(self._run_prefill, _PREFILL_MODE)
         self.uncapture()
 
     @_decodes
@@ -180,7 +189,7 @@ class Engine:
 
     def uncapture(self) -> None:
         """Give the graphs up, and with them what they hold of the GPU's memory: what is compiled stays."""
-        self._prefill: Callable[[], None] = self._run_prefill
+        self._prefill: Callable[[], None] = self._launched_prefill
         self._step: Callable[[], None] = self._launched_step
 
     @_decodes
@@ -228,6 +237,11 @@ class Engine:
         self._at.add_(tokens)
         if self._length is not None:
             self._length.copy_(self._at[0])
+
+
+def _compiled(run: Callable[[], None], mode: str) -> Callable[[], None]:
+    options = torch._inductor.list_mode_options(mode) | _AS_EAGER
+    return torch.compile(run, fullgraph=True, dynamic=False, options=options)
 
 
 def _cache(config: Any, longest: int, device: torch.device) -> tuple[Any, Tensor | None]:
