@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -27,6 +28,7 @@ from flexq_core.studies.report.claims import (
 )
 from flexq_core.workbook import paths
 from flexq_core.workbook.execute import DEMO
+from flexq_core.workbook.gpu_tables import model_times
 from flexq_core.workbook.records import load_reference
 from flexq_core.workbook.report import README_MARKS, readme_with_results
 from flexq_core.workbook.run import check_parameters, declared_parameters
@@ -291,3 +293,15 @@ def test_the_readmes_results_are_those_of_the_reference_records():
         told = f"Of the paper's {counts.sum()} claims {counts[REPRODUCED]} are reproduced by the records kept here, "
         told += f"{counts[NOT_REPRODUCED]} are not and {counts[NOT_MEASURED]} are not measured here"
         assert told in " ".join(README.split())
+
+
+def test_the_readmes_first_numbers_are_those_of_its_tables():
+    times = model_times(load_reference())
+    one = {"device": "NVIDIA H200", "model": "llama-13b", "batch_size": 1, "prompt_tokens": 128, "output_tokens": 1024}
+    times = times[(times[list(one)] == pd.Series(one)).all(axis=1)].set_index("method")
+    ms, gib = times["tpot_ms"].map("{:.2f}".format), (times["weights_mib"] / 1024).map("{:.1f}".format)
+    told = (
+        f"On an NVIDIA H200 a token of LLaMA-13B takes {ms['flexq']} ms, in FP8 {ms['fp8']} and in FP16 {ms['fp16']}, "
+    )
+    told += f"and its weights {gib['flexq']} GiB, in FP8 {gib['fp8']} and in FP16 {gib['fp16']} "
+    assert told in " ".join(README.split())
