@@ -298,7 +298,8 @@ def test_the_readmes_results_are_those_of_the_reference_records():
 def test_the_readmes_first_numbers_are_those_of_its_tables():
     times = model_times(load_reference())
     one = {"device": "NVIDIA H200", "model": "llama-13b", "batch_size": 1, "prompt_tokens": 128, "output_tokens": 1024}
-    times = times[(times[list(one)] == pd.Series(one)).all(axis=1)].set_index("method")
+    times = times[(times[list(one)] == pd.Series(one)).all(axis=1)].sort_values("tpot_ms")
+    times = times.drop_duplicates("method").set_index("method")
     ms, gib = times["tpot_ms"].map("{:.2f}".format), (times["weights_mib"] / 1024).map("{:.1f}".format)
     told = (
         f"On an NVIDIA H200 a token of LLaMA-13B takes {ms['flexq']} ms, in FP8 {ms['fp8']} and in FP16 {ms['fp16']}, "

@@ -144,7 +144,7 @@ def _engine_claims(best: pd.DataFrame, ours: str, model: str) -> list[tuple[str,
 
 
 _NO_STEP = "outputs of one token have no decode step"
-_COMPILED = "torch compiled the step, which may round a near tie to the other side"
+_COMPILED = "torch compiled the model, which may round a near tie to the other side"
 """Of tokens that differ: not compiled, they would have ended the study, so that a table of them is of a compiled step; none but
 the first alike is no near tie."""
 

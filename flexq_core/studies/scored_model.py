@@ -22,8 +22,8 @@ class ScoredModel:
 
     run: the workbook run whose records are used.  model, dataset, data_dir, windows, window_length, calibration_windows,
     outliers, batch_size, seed: as the notebooks' parameters say.  blocks_on_disk: see `load_model`.
-    Raises ValueError (or its kin ModelError, DataError) naming what is accepted; for all but the model's files, the windows
-    and the text itself before anything is loaded.
+    Raises ValueError (or its kin ModelError, DataError) naming what is accepted. Parameters are checked before anything is
+    loaded; the model's files, the text and its windows afterwards.
     """
 
     def __init__(

@@ -490,7 +490,8 @@ struct Variant {
   using Parts = Shape<kRows, kTokens, kUnit, kStages, kTeams>;
   static constexpr auto kKernel = w6ax_wgmma_kernel<kRows, kTokens, kUnit, kStages, kTeams>;
   // As long as so many groups takes all else of a tile that a block takes alone or shares with its cluster. With kGroupTime, times of the
-  // paper's layers in every cluster that can run follow within 3%, those of small blocks within 16%, those of teams within 12%.
+  // paper's layers in every cluster that can run follow within 3%, those of small blocks within 16%, those of teams within 12%, but for pairs of
+  // three teams, which take up to 41% longer, and are faster all the same.
   static constexpr float kAloneGroups = Parts::kManyTiles ? 4.2f : 6.5f;  // of one team
   static constexpr bool kSmallTeams = kTeams > 1 && Parts::kBlocksAtOnce == 2;
   static constexpr float kSharedGroups = kTokens == 256      ? 7.7f
@@ -506,7 +507,7 @@ struct Variant {
   static constexpr float kAllGroups = kTokens == 16 ? 100 : 320;
 
   // Whether three teams take tiles alone: where there are blocks for half of the multiprocessors, and the more the longer the rows, of
-  // kAllGroups for all; or of rows that are too short for pairs. With 64 tokens 7168 x 28672 takes 7% longer so, in 112 blocks, 6656 x
+  // kAllGroups for all, or 95% of them; or of rows so short that a pair's blocks would have kLeastGroups or fewer. With 64 tokens 7168 x 28672 takes 7% longer so, in 112 blocks, 6656 x
   // 17920 in 104 blocks 4% less, 5120 x 13824 in 80 blocks 13% longer, 5120 x 5120 3% less, and 4096 x 1536 in 64 blocks 22% less; with 16
   // tokens 5120 x 5120 takes 6% longer, and in 96 blocks 6144 x 8192 4% longer, but 6144 x 4096 14% less.
   static bool three_alone(int tiles, int groups, int multiprocessors) {

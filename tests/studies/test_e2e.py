@@ -31,6 +31,7 @@ from flexq_core.studies.e2e import (
     EndToEndStudy,
     attention,
     claims,
+    decode,
     linears,
     plot_latency,
     plot_memory,
@@ -94,13 +95,17 @@ def test_it_writes_what_transformers_writes(architecture):
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="on a processor this torch drops roundings it is told to keep")
-def test_what_is_compiled_rounds_as_the_eager_model_and_writes_its_tokens():
+def test_what_is_compiled_rounds_as_the_eager_model_and_writes_its_tokens(monkeypatch):
     """In bfloat16, where a fused step that keeps float32 between operations goes another way after some ten tokens."""
     model = e2e._with_parameters_in(tiny_model("llama"), torch.bfloat16)
     expected = generate(model, prompt(), 48).tokens
+    compiled, made = decode._compiled, []
+    monkeypatch.setattr(decode, "_compiled", lambda run, mode: made.append((run.__name__, mode)) or compiled(run, mode))
     engine = Engine(model, 2, 7, 48, "default")
     assert torch.equal(engine.generate(prompt()).tokens, expected)
+    assert made == [("_run_step", "default")]
     engine.compile_prefill()
+    assert made[1:] == [("_run_prefill", "default")] and engine._prefill is not engine._run_prefill
     assert torch.equal(engine.generate(prompt()).tokens, expected)
 
 
@@ -1148,7 +1153,7 @@ def test_tokens_are_claimed_to_be_the_eager_models():
     text = "FlexQ's tokens of the captured step are those of the eager model"
     table = on_a_gpu().assign(tokens_as_eager=64, tokens_compared=64)
     assert (text, True, "64 of 64") in claims(table)
-    compiled = "23 of 64; torch compiled the step, which may round a near tie to the other side"
+    compiled = "23 of 64; torch compiled the model, which may round a near tie to the other side"
     assert (text, None, compiled) in claims(table.assign(tokens_as_eager=23))
     assert (text, False, compiled.replace("23", "0")) in claims(table.assign(tokens_as_eager=0))
     assert text not in [claim for claim, _, _ in claims(on_a_gpu())]

@@ -8,8 +8,8 @@ of the prefill. So lengths cost nothing extra, and a short output is a prefix of
 of the prefill and of each step is the median over the repeats before they are summed: of three and more what another process
 took once is not the method's, of two it is their mean.
 
-On a GPU all methods run in the same blocks, with merged projections (runtime/fuse.py), and in the same engine, whose step torch
-compiles and a CUDA graph replays (decode.py). A decode step is set beside the time that its bytes take at the measured
+On a GPU all methods run in the same blocks, with merged projections (runtime/fuse.py), and in the same engine, whose prefill and
+step torch compiles and CUDA graphs replay (decode.py). A decode step is set beside the time that its bytes take at the measured
 bandwidth, and what its kernels do is counted. Random weights are made on the device, a block at a time.
 
 Memory is counted from tensors, not asked of the system: a process's peak on a CPU holds the original model, torch and

@@ -64,7 +64,8 @@ def _measure(arguments: list[str] | None, device: str) -> int:
         "--compile-mode",
         choices=(BEST_MODE, *COMPILE_MODES),
         default=BEST_MODE,
-        help="torch's for a GPU's decode step; best: for each method the faster of the last two (default: best)",
+        help="torch's for a GPU's decode step (the prompt has the default); best: for each method the faster of the last two "
+        "(default: best)",
     )
     parser.add_argument("--repeats", type=int, default=3, help="timed decodes (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")

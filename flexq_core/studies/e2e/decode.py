@@ -1,7 +1,8 @@
 """Greedy decoding, timed token by token: one engine for every method.
 
 On a GPU the prefill and the decode step are captured once each in a CUDA graph and replayed: nothing is launched, and nothing
-waits, between tokens. Both may be compiled by torch first, to round as the eager model does.
+waits, between tokens. Both may be compiled by torch first, to round as the eager model does, but for sums in another order:
+of a random LLaMA-13B in FP16 the first 15 of 64 tokens are the eager model's, and before the prefill was compiled all were.
 On a processor both are called.
 """
 

@@ -102,8 +102,10 @@ def divergences_text(kinds: Mapping[str, float]) -> str:
 
 _METHODS_OWN = {
     "backend", "plan", "plan_sha256", "activation_bits", "weight_bits", "fingerprint", "dtype", "method", "compile_mode",
+    "repeats",
 }  # fmt: skip
-"""Parameters in which two methods that are compared may differ. Each is compiled in the mode in which it is the fastest."""
+"""Parameters in which two methods that are compared may differ. Each is compiled in the mode in which it is the fastest, and
+timed as often as it was."""
 RIVALS: dict[str, Callable[[str], bool]] = {
     "INT8": lambda method: method in ("torch-int8", "cublas-int8"),
     "ABQ-LLM": lambda method: "abq" in method,
